@@ -1,0 +1,332 @@
+"""The command line: parses, calls the library, prints. Whatever it can do, `import spinfold` can do too.
+
+Exit codes: 0 done; 1 a check did not hold; 2 the input or the request is wrong; 130 interrupted.
+Results go to standard output, progress and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.exceptions import TyperException
+
+import spinfold
+from spinfold.errors import SpinfoldError
+from spinfold.progress import for_terminal
+
+if TYPE_CHECKING:
+    from spinfold.recipe import Recipe
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+
+class Format(StrEnum):
+    INT = "int"
+
+
+class RoundingMethod(StrEnum):
+    RTN = "rtn"
+    GPTQ = "gptq"
+
+
+class Dtype(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+Model = Annotated[
+    str, typer.Argument(help="A Hugging Face folder or hub id, a .gguf file, or `smollm2`.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Sites = Annotated[
+    str | None,
+    typer.Option(
+        help="Where maps may stand, separated by commas: residual, value, query_key, down. "
+        "All sites of the method if not given.",
+        show_default=False,
+    ),
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.", show_default=False)]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"spinfold {spinfold.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _spinfold(
+    context: typer.Context,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="SPINFOLD_DEBUG", help="Show the traceback of an error.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Learn rotations for quantized language models, prove that they change nothing else, and round what is left."""
+    context.obj["debug"] = debug
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The folder for the run; it must not hold anything else.")
+    ],
+    method: Annotated[str | None, typer.Option(help="A method that `spinfold methods` lists.")] = None,
+    sites: Sites = None,
+    bits: Annotated[
+        str | None, typer.Option(help="Bits of weights, activations and KV cache, such as W4A4KV4 or W4A16.")
+    ] = None,
+    format: Annotated[Format | None, typer.Option(help="The kind of grid.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale, in input channels. One scale per row if not given.")
+    ] = None,
+    rounding: Annotated[RoundingMethod | None, typer.Option(help="How weights get onto the grid.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="The calibration text: a file (text, or JSON lines with a `text` field), or a known name."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Number of calibration windows.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Length of a window, in tokens.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of optimiser steps of a learned method.")] = None,
+    seed: Seed = None,
+    device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A recipe file, or the name of one that comes with spinfold. Options given beside it win."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+) -> None:
+    """Quantize a model: fit rotations, fold them, prove that the function is the same, round, measure."""
+    chosen = _recipe(recipe).with_(
+        method=method,
+        sites=_names(sites),
+        bits=bits,
+        format=format and format.value,
+        group_size=group_size,
+        rounding__method=rounding and rounding.value,
+        calibration__source=calibration,
+        calibration__samples=samples,
+        calibration__seq_len=seq_len,
+        fit__steps=steps,
+        seed=seed,
+    )
+    run = spinfold.quantize(model, output, chosen, device=device, resume=resume, progress=for_terminal())
+    for proof in run.data["proofs"]:
+        _print_proof(proof)
+    if rows := run.data["metrics"]["rows"]:
+        _print_table(rows[0], ([_number(value) for value in row.values()] for row in rows))
+    print(f"Run: {run.path}")
+
+
+@app.command()
+def rotate(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for the model; it must not exist yet.")],
+    method: Annotated[str, typer.Option(help="A method that `spinfold methods` lists.")] = "quarot",
+    sites: Annotated[
+        str, typer.Option(help="Where maps may stand, separated by commas; only sites that can be folded.")
+    ] = "residual,value",
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="The number format of the weights that are written.")] = Dtype.BFLOAT16,
+) -> None:
+    """Fold rotations into a model's weights and write it in full precision: the same function, easier to round."""
+    path = spinfold.rotate(
+        model,
+        output,
+        method=method,
+        sites=_names(sites) or (),
+        seed=seed,
+        dtype=dtype.value,
+        progress=for_terminal(),
+    )
+    print(f"Model: {path}")
+
+
+@app.command()
+def verify(
+    original: Model,
+    other: Annotated[str, typer.Argument(help="The model that should compute the same.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Do two models compute the same function? Exit code 0 if they do, 1 with the reason if not."""
+    proof = spinfold.verify(original, other)
+    if as_json:
+        _print_json(proof.to_dict())
+    else:
+        _print_proof(proof.to_dict())
+    if not proof.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(help="A run, a Hugging Face folder or hub id, a .gguf file, or `smollm2`.", show_default=False),
+    ],
+    text: Annotated[
+        str | None,
+        typer.Option(help="The evaluation text: a file, or a known name.", show_default=False),
+    ] = None,
+    seq_len: Annotated[int, typer.Option(help="Length of a window, in tokens.")] = 2048,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Stop after this many tokens; the whole text if not given.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity: the text tokenized once, windows that don't overlap, mean over the predicted tokens."""
+    result = spinfold.evaluate(model, text=text, seq_len=seq_len, max_tokens=max_tokens, progress=for_terminal())
+    if as_json:
+        _print_json(result)
+    else:
+        _print_table(("measure", "value"), ((name, _number(value)) for name, value in result.items()))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)]) -> None:
+    """Write the one-file page of a run, and print where it is."""
+    print(f"Report: {spinfold.report(run)}")
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the methods: the paper, the sites of the maps, and what they need and cost."""
+    rows = [dataclasses.asdict(info) for info in spinfold.methods()]
+    if as_json:
+        _print_json(rows)
+        return
+    header = ("method", "what it does", "sites (* online)", "needs", "paper")
+    _print_table(
+        header,
+        (
+            (
+                row["name"],
+                row["summary"],
+                ", ".join(site + "*" * (site in row["online"]) for site in row["sites"]) or "-",
+                ", ".join(need for need in ("data", "backprop") if row[f"needs_{need}"]) or "-",
+                row["paper"] or "-",
+            )
+            for row in rows
+        ),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code. Every error becomes three short parts on standard error."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    settings = {"debug": False}
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("spinfold", arguments or ["--help"], obj=settings) as context:
+            command.invoke(context)
+        return 0
+    except typer.Exit as request:
+        return request.exit_code
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  else the interpreter complains when it flushes at exit
+        return 0
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if settings["debug"]:
+            traceback.print_exc()
+        explained = _explain(error)
+        print(explained, file=sys.stderr)
+        return explained.exit_code
+
+
+def _explain(error: Exception) -> SpinfoldError:
+    """Any exception as what, why and what to do."""
+    if isinstance(error, SpinfoldError):
+        return error
+    if isinstance(error, TyperException):
+        verb = context.command_path if (context := getattr(error, "ctx", None)) else "spinfold"
+        return SpinfoldError(error.format_message(), "", f"See {verb} --help.")
+    if _means_no_space(error):
+        return SpinfoldError(
+            "There is no space left to write to.",
+            str(error),
+            "Free some space, or choose an output folder on another disk; nothing half-written was kept.",
+        )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return SpinfoldError(
+            "The memory is not enough.",
+            str(error).partition("\n")[0] or "The system refused to give more.",
+            "Ask for fewer --samples or a shorter --seq-len, or use another --device.",
+        )
+    if isinstance(error, OSError):
+        return SpinfoldError(
+            f"{error.filename or 'A file'} can't be used.",
+            f"The system says: {error.strerror or error}.",
+            "Check that it exists and that you may read and write it.",
+        )
+    return SpinfoldError(
+        "spinfold stopped at an error that it does not know.",
+        f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+        "Run it again as `spinfold --debug ...` and report the traceback: this is a bug.",
+    )
+
+
+def _means_no_space(error: BaseException) -> bool:
+    """ENOSPC or a quota, also where a library reports it in its own words or as the cause of another error."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    seen = (isinstance(error, OSError) and error.errno in full) or any(os.strerror(code) in str(error) for code in full)
+    cause = error.__cause__ or error.__context__
+    return seen or (cause is not None and _means_no_space(cause))
+
+
+def _recipe(source: str | None) -> Recipe:
+    return spinfold.Recipe() if source is None else spinfold.Recipe.load(source)
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    """`residual, value` as a tuple."""
+    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+# ---- printing ----------------------------------------------------------------------------------------------------
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+def _print_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    table = Table(*header, box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _print_proof(proof: Mapping[str, Any]) -> None:
+    relation = "≤" if proof["ok"] else ">"
+    print(f"{proof['statement']}: {proof['measured']:.2g} {relation} {proof['tolerance']:.2g}")
+    if proof.get("detail"):
+        print(proof["detail"])
+
+
+def _number(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)

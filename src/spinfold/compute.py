@@ -1,0 +1,55 @@
+"""Where and how exactly products are computed: device, and one of three precisions.
+
+    fp32   IEEE products, TF32 off: proofs, and everything that is folded
+    tf32   fp32 tensors, products in TF32 where the device has it (10 bits of mantissa)
+    bf16   fp32 residual stream and norms, linear layers and attention in bf16 (torch.autocast)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from spinfold.errors import SpinfoldError
+
+__all__ = ["pick_device", "pick_precision", "precision"]
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N`. Raises `SpinfoldError` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SpinfoldError(f"There is no device {name!r}.", "Its name is not known.", "Use auto, cpu or cuda.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SpinfoldError(
+            f"Device {name!r} can't be used.",
+            f"This PyTorch sees {torch.cuda.device_count()} CUDA devices.",
+            "Use --device cpu, or install a PyTorch with CUDA on a machine that has a GPU.",
+        )
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """Resolve `auto`: TF32 on a GPU, bf16 on a CPU with fast bf16 products, else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "tf32"
+    return "bf16" if torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+@contextmanager
+def precision(name: str, device: torch.device) -> Iterator[None]:
+    """Compute in `name` (see the module's table) inside the block."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = name != "fp32"
+    try:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=name == "bf16"):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,0 +1,10 @@
+"""Number formats: the grids that weights, activations and the KV cache are rounded to.
+
+A KV-cache format is an `IntFormat` too: `fake_quantize` on `(..., heads, head size)` gives each head of
+each token its own grid.
+"""
+
+from spinfold.formats.activation import fake_quantize
+from spinfold.formats.integer import ClipSearch, Grid, IntFormat, QuantizedWeight, fit_grid
+
+__all__ = ["ClipSearch", "Grid", "IntFormat", "QuantizedWeight", "fake_quantize", "fit_grid"]

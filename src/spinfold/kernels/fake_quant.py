@@ -1,0 +1,62 @@
+"""Dynamic fake quantization of rows in one pass: `formats.activation` defines it, this gives the same bits.
+
+Shapes: R rows of W numbers, one grid per row; a program holds a tile of whole rows.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spinfold.kernels.rounding import round_even
+
+__all__ = ["fake_quant"]
+
+
+@triton.jit
+def _fake_quant(
+    x_ptr, y_ptr, num_rows, width, clip, q_low, q_high,
+    SYMMETRIC: tl.constexpr, TILE_R: tl.constexpr, TILE_W: tl.constexpr,
+):  # fmt: skip
+    row_R = tl.program_id(0).to(tl.int64) * TILE_R + tl.arange(0, TILE_R)
+    col_W = tl.arange(0, TILE_W)
+    offset_RW = row_R[:, None] * width + col_W[None, :]
+    mask_RW = (row_R < num_rows)[:, None] & (col_W < width)[None, :]
+    x_RW = tl.load(x_ptr + offset_RW, mask=mask_RW, other=0.0).to(tl.float32)
+
+    low_R = tl.minimum(tl.min(x_RW, axis=1), 0.0) * clip
+    high_R = tl.maximum(tl.max(x_RW, axis=1), 0.0) * clip
+    span_R = tl.maximum(high_R, -low_R) if SYMMETRIC else high_R - low_R
+    scale_R = tl.div_rn(span_R, tl.zeros_like(span_R) + q_high)
+    scale_R = tl.where(scale_R == 0.0, 1.0, scale_R)
+    # min and max skip NaN here, unlike torch's: 0·x is 0, or NaN if x is NaN or infinite, and spoils the row.
+    scale_R += tl.sum(x_RW * 0.0, axis=1)
+
+    q_RW = round_even(tl.div_rn(x_RW, tl.broadcast_to(scale_R[:, None], (TILE_R, TILE_W))))
+    if SYMMETRIC:
+        q_RW = tl.minimum(tl.maximum(q_RW, q_low), q_high)
+    else:
+        zero_R = tl.minimum(tl.maximum(round_even(tl.div_rn(-low_R, scale_R)), q_low), q_high)
+        q_RW = tl.minimum(tl.maximum(q_RW + zero_R[:, None], q_low), q_high) - zero_R[:, None]
+    y_RW = q_RW * scale_R[:, None]
+    tl.store(y_ptr + offset_RW, y_RW.to(y_ptr.dtype.element_ty), mask=mask_RW)
+
+
+def fake_quant(x: Tensor, width: int, q_low: int, q_high: int, clip: float, symmetric: bool) -> Tensor:
+    """Fake-quantize each run of `width` neighbours of `x` (fp32, bf16 or fp16; width divides the last axis)."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    num_rows = x.numel() // width
+    if num_rows == 0:
+        return y
+    tile_w = triton.next_power_of_2(width)
+    tile_r = max(1, 2048 // tile_w)
+    # Fused multiply-add would round once where the definition rounds twice.
+    _fake_quant[(triton.cdiv(num_rows, tile_r),)](
+        x, y, num_rows, width, float(clip), float(q_low), float(q_high), SYMMETRIC=symmetric,
+        TILE_R=tile_r, TILE_W=tile_w, num_warps=min(16, max(4, tile_w // 1024)), enable_fp_fusion=False,
+    )  # fmt: skip
+    return y

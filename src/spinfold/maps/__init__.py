@@ -1,0 +1,62 @@
+"""Linear maps: what they are, which Hadamard orders exist, and how to move on the orthogonal group."""
+
+from __future__ import annotations
+
+from spinfold.maps.base import Cost, Map
+from spinfold.maps.composed import BlockDiagonal, Chain, Kronecker
+from spinfold.maps.hadamard import Hadamard, random_hadamard
+from spinfold.maps.hadamard_orders import factorise, hadamard_matrix, is_base_order
+from spinfold.maps.linear import (
+    Diagonal,
+    Identity,
+    Orthogonal,
+    Permutation,
+    random_orthogonal,
+)
+from spinfold.maps.manifold import (
+    CayleySGD,
+    RiemannianAdam,
+    StepRule,
+    cayley,
+    cayley_step,
+    orthogonality_gap,
+    procrustes,
+    project,
+    qr_orthogonal,
+    skew_gradient,
+    spectral_norm,
+)
+from spinfold.maps.serialise import from_parts, to_parts
+from spinfold.maps.sites import SiteMaps
+
+__all__ = [
+    "BlockDiagonal",
+    "CayleySGD",
+    "Chain",
+    "Cost",
+    "Diagonal",
+    "Hadamard",
+    "Identity",
+    "Kronecker",
+    "Map",
+    "Orthogonal",
+    "Permutation",
+    "RiemannianAdam",
+    "SiteMaps",
+    "StepRule",
+    "cayley",
+    "cayley_step",
+    "factorise",
+    "from_parts",
+    "hadamard_matrix",
+    "is_base_order",
+    "orthogonality_gap",
+    "procrustes",
+    "project",
+    "qr_orthogonal",
+    "random_hadamard",
+    "random_orthogonal",
+    "skew_gradient",
+    "spectral_norm",
+    "to_parts",
+]

@@ -1,0 +1,137 @@
+"""The Hadamard map: spreads every channel over all others at the cost of a few small matrix products.
+
+    M = diag(s) H / √n,    M⁻¹ = Hᵀ diag(s) / √n,    H = H_{k_1} ⊗ … ⊗ H_{k_f}        2 N Σk flops per token
+
+The random signs s matter: an unsigned Walsh–Hadamard matrix has a column of ones, on which any mean piles up.
+
+Shapes: N size of the map, K order of a Kronecker factor, S = N / K, T everything on the leading axes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import sqrt
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from spinfold.errors import Verdict
+from spinfold.maps.base import Cost, Map
+from spinfold.maps.hadamard_orders import factorise, hadamard_matrix
+from spinfold.maps.linear import check_width, compute_dtype, without_autocast
+
+__all__ = ["Hadamard", "random_hadamard"]
+
+
+class Hadamard(Map):
+    """M = diag(s) H / √n, applied one Kronecker factor at a time, never as an N x N matrix.
+
+    `seed` draws the random signs s; `signs_N` gives them; with neither, s = 1. The signs are stored, so the
+    map does not depend on how a later torch draws them. `transposed` is the inverse: Hᵀ diag(s) / √n.
+
+    Where no Hadamard matrix of order `size` is known, M is block-diagonal over the largest order that divides
+    it: `block_size < size`, and `describe` says so.
+    """
+
+    def __init__(
+        self, size: int, seed: int | None = None, signs_N: Tensor | None = None, *, transposed: bool = False
+    ) -> None:
+        if signs_N is None and seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            signs_N = 1 - 2 * torch.randint(2, (size,), generator=generator, dtype=torch.int8)
+        if signs_N is not None and signs_N.shape != (size,):
+            raise ValueError(f"{size} signs are needed, not {tuple(signs_N.shape)}")
+        self.size = size
+        self.seed = seed
+        self.signs_N = None if signs_N is None else signs_N.to(torch.int8)
+        self.transposed = transposed
+        self.block_size, self.orders = _largest_known_block(size)
+
+    def apply(self, x: Tensor) -> Tensor:
+        dtype = compute_dtype(x)
+        y = check_width(x, self.size).to(dtype)
+        y = y if self.transposed else self._flip(y)
+        with without_autocast(x.device):
+            y = self._multiply(y.reshape(-1, self.block_size)).reshape(x.shape) / sqrt(self.block_size)
+        y = self._flip(y) if self.transposed else y
+        return y.to(x.dtype)
+
+    def _multiply(self, y_TN: Tensor) -> Tensor:
+        """x (H_{k_1} ⊗ … ⊗ H_{k_f}), x seen as a (T, k_1, …, k_f) array.
+
+        Each round multiplies the last axis and moves it to the front: after f rounds all are back in place.
+        """
+        num_rows, width = y_TN.shape
+        for order in reversed(self.orders):
+            H_KK = _factor(order, y_TN.device, y_TN.dtype)
+            y_TSK = y_TN.reshape(num_rows, width // order, order)
+            y_TN = (y_TSK @ (H_KK.mT if self.transposed else H_KK)).mT
+        return y_TN
+
+    def _flip(self, x: Tensor) -> Tensor:
+        return x if self.signs_N is None else x * self.signs_N.to(device=x.device, dtype=x.dtype)
+
+    @property
+    def describe(self) -> str:
+        """One sentence: the order, its Kronecker factors, and the blocks if there are several."""
+        signs = "plain" if self.signs_N is None else "randomised"
+        factors = " ⊗ ".join(f"H{order}" for order in self.orders)
+        if self.block_size == self.size:
+            return f"{signs} Hadamard of order {self.size} = {factors}"
+        return (
+            f"{signs} block-diagonal Hadamard: {self.size // self.block_size} blocks of {self.block_size} = {factors}, "
+            f"because no Hadamard matrix of order {self.size} is known here"
+        )
+
+    def inverse(self) -> Hadamard:
+        return Hadamard(self.size, self.seed, self.signs_N, transposed=not self.transposed)
+
+    def cost(self) -> Cost:
+        signs = 0 if self.signs_N is None else self.size
+        return Cost(
+            flops=2 * self.size * sum(self.orders) + self.size + signs,
+            bytes=4 * sum(order**2 for order in set(self.orders)) + signs,
+        )
+
+    def explain(self, atol: float = 1e-6) -> Verdict:
+        """Positive for a block-diagonal Hadamard too, which is orthogonal: the reason then names the blocks."""
+        if self.signs_N is not None and not (self.signs_N.abs() == 1).all():
+            return Verdict(False, "Some signs are neither +1 nor -1.", "Give a seed and let the map draw them.")
+        return Verdict(True, "" if self.block_size == self.size else f"{self.describe}.")
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {} if self.signs_N is None else {"signs": self.signs_N}
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "kind": "hadamard",
+            "size": self.size,
+            "seed": self.seed,
+            "signed": self.signs_N is not None,
+            "transposed": self.transposed,
+        }
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        signs_N = None if self.signs_N is None else self.signs_N.to(device=device)
+        return type(self)(self.size, self.seed, signs_N, transposed=self.transposed)
+
+
+def random_hadamard(size: int, seed: int) -> Hadamard:
+    """diag(s) H / √n with signs drawn from `seed`; block-diagonal where no order is known."""
+    return Hadamard(size, seed)
+
+
+def _largest_known_block(size: int) -> tuple[int, tuple[int, ...]]:
+    """The largest divisor of `size` that has a Hadamard matrix, and its Kronecker factors (1 always has one)."""
+    for count in range(1, size + 1):
+        if size % count == 0 and (orders := factorise(size // count)) is not None:
+            return size // count, orders
+    raise ValueError(f"a size is a positive integer, not {size}")
+
+
+@lru_cache(maxsize=64)
+def _factor(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # Cached across calls: made outside inference mode, or a first call there would make it useless for autograd.
+    with torch.inference_mode(False):
+        return torch.tensor(hadamard_matrix(order), dtype=dtype, device=device)

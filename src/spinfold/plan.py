@@ -1,0 +1,123 @@
+"""Every refusal that config, family, recipe and output folder allow, before a weight is read.
+
+    plan_run(config, recipe)         the request itself: method, sites, group size, window lengths
+    check_seq_len(config, seq_len)   a window that the model can see as a whole
+    check_output(path, resume)       a folder that may be written, and holds nothing that would be lost
+
+Each returns nothing, or raises `SpinfoldError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from spinfold.errors import SpinfoldError
+from spinfold.methods import METHODS, Method
+from spinfold.networks import ONLINE_SITES, Family, family_of
+from spinfold.recipe import Recipe
+
+__all__ = ["ONLINE_SITES", "check_output", "check_seq_len", "find_method", "is_run", "plan_run"]
+
+RUN_FILES = ("run.json", "recipe.yaml", "state/key.json")
+"""A folder that holds one of these is a run, finished or not."""
+
+
+def plan_run(config: Any, recipe: Recipe) -> None:
+    """Refuse a recipe that this model can't have. `config` is the Hugging Face config."""
+    family, method = family_of(config.model_type), find_method(recipe.method)
+    _check_sites(method, recipe.sites, family)
+    _check_group_size(config, recipe)
+    check_seq_len(config, recipe.calibration.seq_len)
+    if method.needs_data and recipe.fit.seq_len is not None:
+        check_seq_len(config, recipe.fit.seq_len)
+
+
+def find_method(name: str) -> Method:
+    """The method of that name."""
+    if name in METHODS:
+        return METHODS[name]
+    near = difflib.get_close_matches(name, METHODS, n=1)
+    raise SpinfoldError(
+        f"There is no method {name!r}.",
+        f"The nearest name is {near[0]!r}." if near else "No method has a similar name.",
+        f"Use one of {', '.join(METHODS)}; `spinfold methods` says what they do.",
+    )
+
+
+def check_seq_len(config: Any, seq_len: int) -> None:
+    """A window needs a token to predict and no more positions than the model was trained for."""
+    most = getattr(config, "max_position_embeddings", None)
+    if seq_len < 2 or (most is not None and seq_len > most):
+        raise SpinfoldError(
+            f"A sequence length of {seq_len} tokens can't be used.",
+            "A window needs two tokens at least: one to read, one to predict."
+            if seq_len < 2
+            else f"The model has {most} positions (max_position_embeddings).",
+            f"Give --seq-len a number from 2 to {most or 'what the model can read'}.",
+        )
+
+
+def check_output(path: str | Path, resume: bool = False) -> None:
+    """A folder that is new, empty, or, with `resume`, an earlier run; in a place where one may write."""
+    path = Path(path)
+    what = f"The output folder {path} can't be used."
+    if path.is_dir():
+        if is_run(path) and not resume:
+            raise SpinfoldError(
+                what, "It holds an earlier run.", "Go on with that run by --resume, or choose another folder."
+            )
+        held = sorted(entry.name for entry in path.iterdir())
+        if held and not is_run(path):
+            some = ", ".join(held[:3]) + (f" and {len(held) - 3} more" if len(held) > 3 else "")
+            raise SpinfoldError(what, f"It already holds something else: {some}.", "Choose a new or empty folder.")
+    place = path
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise SpinfoldError(what, f"{place} is there, and it is not a folder.", "Choose another path.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise SpinfoldError(what, f"You may not write in {place}.", "Choose a folder that you may write in.")
+
+
+def is_run(path: Path) -> bool:
+    """Does the folder hold a run of spinfold, finished or not?"""
+    return any((path / name).is_file() for name in RUN_FILES)
+
+
+def _check_sites(method: Method, sites: tuple[str, ...] | None, family: Family) -> None:
+    """Sites that the method serves and the family allows."""
+    possible = [site for site in method.allowed if family.supports(site)]
+    fix = f"Use --sites {','.join(possible)}." if possible else "Leave --sites out, or choose another --method."
+    asked = method.sites if sites is None else sites
+    if not asked and method.allowed:
+        raise SpinfoldError("No site is named.", f"The method {method.name!r} needs a place for its maps.", fix)
+    for site in asked:
+        what = f"The method {method.name!r} can't have a map at the site {site!r} in a {family.name} model."
+        if site not in method.allowed:
+            raise SpinfoldError(what, f"It has maps at: {', '.join(method.allowed) or 'no site at all'}.", fix)
+        if not (verdict := family.supports(site)):
+            raise SpinfoldError(what, verdict.reason, fix)
+
+
+def _check_group_size(config: Any, recipe: Recipe) -> None:
+    """A group size must divide the input of every linear, and there must be weights to group."""
+    size = recipe.group_size
+    if size is None:
+        return
+    what = f"A group size of {size} can't be used."
+    if recipe.weight_format is None:
+        raise SpinfoldError(what, "The weights stay in 16 bits.", "Leave --group-size out, or ask for fewer bits.")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    widths = sorted({config.hidden_size, config.num_attention_heads * head_dim, config.intermediate_size})
+    common = math.gcd(*widths)
+    if common % size:
+        divisors = [str(n) for n in range(2, common + 1) if common % n == 0]
+        raise SpinfoldError(
+            what,
+            f"The linears of this model have {', '.join(map(str, widths))} inputs, and it does not divide them all.",
+            f"Use one of {', '.join(divisors)}." if divisors else "Leave --group-size out.",
+        )
