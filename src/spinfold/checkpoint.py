@@ -1,25 +1,46 @@
-"""A run's quantized model on disk: integers and scales as rounding produced them, and back into a network."""
+"""Models on disk: a run's integers and scales, and back into a network; and plain Hugging Face folders.
+
+save_model, load_run     RUN/model, which only spinfold can read: rounded linears as `layers.3.down.q`, `.scale`, ...
+save_folder              a folder that Transformers loads without spinfold
+save_maps, load_maps     the maps of a network
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from spinfold.errors import SpinfoldError
 from spinfold.folding import place_online
-from spinfold.formats import QuantizedWeight
+from spinfold.formats import IntFormat, QuantizedWeight
 from spinfold.maps import SiteMaps
-from spinfold.networks import Network
+from spinfold.networks import WIRES, Network
+from spinfold.networks.sources import transformers_errors
 from spinfold.recipe import Recipe
 from spinfold.rounding import RoundedLinear
-from spinfold.run import RunFolder, load_tensors, read_json, save_tensors, write_json
+from spinfold.run import RunFolder, load_tensors, read_json, save_tensors, whole_folder, write_json
 from spinfold.runtime import quantize_wires
 
-__all__ = ["load_maps", "load_run", "save_maps", "save_model"]
+__all__ = [
+    "load_maps",
+    "load_run",
+    "round_weights",
+    "rounded_tensors",
+    "run_config",
+    "save_folder",
+    "save_maps",
+    "save_model",
+]
+
+_SHARD_BYTES = 4_000_000_000
+_LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
 def save_maps(folder: Path, maps: SiteMaps) -> None:
@@ -36,47 +57,135 @@ def load_maps(folder: Path) -> SiteMaps:
     return maps
 
 
-def rounded_tensors(rounded: Sequence[RoundedLinear]) -> dict[str, torch.Tensor]:
+def rounded_tensors(rounded: Sequence[RoundedLinear]) -> dict[str, Tensor]:
     """The tensors of rounded linears, such as `layers.3.down.q` and `.scale`."""
     return {f"{x.name}.{key}": value for x in rounded for key, value in x.weight.tensors().items()}
 
 
-def save_model(folder: Path, network: Network, rounded: Sequence[RoundedLinear]) -> None:
-    """Write config, tokenizer and tensors; a rounded linear is written as its integers and scales alone.
+def save_model(path: Path, network: Network, rounded: Sequence[RoundedLinear]) -> None:
+    """Write a run's config, tokenizer and tensors; a rounded linear is written as its integers and scales alone.
 
     A module of fused linears is left out only if all of its parts are rounded, which they are or none is.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     names = {network.layers[x.layer].linears[x.role].name + ".weight" for x in rounded}
     tensors = {name: value for name, value in network.model.state_dict().items() if name not in names}
-    save_tensors(folder / "model.safetensors", tensors | rounded_tensors(rounded), {"format": "spinfold"})
-    config = json.loads(network.config.to_json_string(use_diff=False))
-    write_json(folder / "config.json", {k: v for k, v in config.items() if not k.startswith("_attn")})
+    shutil.rmtree(path, ignore_errors=True)  # of an attempt that was stopped after this
+    with whole_folder(path) as folder:
+        save_tensors(folder / "model.safetensors", tensors | rounded_tensors(rounded), {"format": "spinfold"})
+        _save_config(folder, network, network.dtype)
+
+
+def save_folder(network: Network, path: Path, dtype: torch.dtype, also: Iterable[Path] = ()) -> None:
+    """Write a network as a plain Hugging Face folder with weights in `dtype`, whole or not at all.
+
+    Shards of at most 4 GB (or one tensor), tokenizer and chat template, and copies of the files `also`. The head must
+    be untied. Raises `SpinfoldError` if a weight is too large for `dtype`, or if an op stands on a wire.
+    """
+    assert network.head.weight is not network.embedding.weight
+    if online := {name for layer in network.layers for name in WIRES if len(layer.wire(name).ops)}:
+        raise SpinfoldError(
+            "The network can't be written as a plain checkpoint.",
+            f"It needs an op at inference on: {', '.join(sorted(online))}. A Hugging Face folder has no place for it.",
+            "Choose sites and a method without online ops (`spinfold methods`), or make a run by `spinfold quantize`.",
+        )
+    shards = list(_shards(network.model.state_dict(), dtype.itemsize))
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    with whole_folder(path) as folder:
+        for name, shard in zip(names, shards, strict=True):
+            save_tensors(
+                folder / name, {key: _cast(key, value, dtype) for key, value in shard.items()}, {"format": "pt"}
+            )
+        if len(shards) > 1:
+            num_bytes = sum(value.numel() for shard in shards for value in shard.values()) * dtype.itemsize
+            weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+            index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+            write_json(folder / "model.safetensors.index.json", index)
+        for file in also:
+            shutil.copyfile(file, folder / file.name)
+        _save_config(folder, network, dtype)
+
+
+def _shards(tensors: Mapping[str, Tensor], itemsize: int) -> Iterator[dict[str, Tensor]]:
+    """Consecutive tensors, as many as fit in a shard."""
+    shard: dict[str, Tensor] = {}
+    num_bytes = 0
+    for name, tensor in tensors.items():
+        if shard and num_bytes + tensor.numel() * itemsize > _SHARD_BYTES:
+            yield shard
+            shard, num_bytes = {}, 0
+        shard[name], num_bytes = tensor, num_bytes + tensor.numel() * itemsize
+    yield shard
+
+
+def round_weights(network: Network, dtype: torch.dtype) -> None:
+    """Round every weight to `dtype` in place; it is computed with as before. `SpinfoldError` if one is too large."""
+    for name, parameter in network.model.named_parameters():
+        parameter.copy_(_cast(name, parameter, dtype))
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.to(dtype)
+    if not bool(torch.isfinite(cast).all()):
+        raise SpinfoldError(
+            f"The model can't be written in {str(dtype).removeprefix('torch.')}.",
+            f"{name} holds {float(tensor.abs().max()):.3g}; the largest number there is {torch.finfo(dtype).max:.3g}.",
+            "Use --dtype bfloat16 or float32.",
+        )
+    return cast
+
+
+def _save_config(folder: Path, network: Network, dtype: torch.dtype) -> None:
+    """config.json and, if there is one, the tokenizer. A name that starts with _ is the loader's business."""
+    config = {k: v for k, v in json.loads(network.config.to_json_string()).items() if not k.startswith("_")}
+    config |= {
+        "architectures": [type(network.model).__name__],
+        "dtype": str(dtype).removeprefix("torch."),
+        "tie_word_embeddings": False,
+    }
     if network.tokenizer is not None:
         network.tokenizer.save_pretrained(folder)
+    write_json(folder / "config.json", config)
+
+
+def run_config(path: Path) -> PreTrainedConfig:
+    """The config of a finished run's model."""
+    if not RunFolder(path).finished:
+        raise SpinfoldError(
+            f"{path} holds no finished run.", "It was stopped before its end.", "Finish it with --resume."
+        )
+    with transformers_errors(f"The config of the run {path} can't be used.", "Make the run again."):
+        return AutoConfig.from_pretrained(path / "model", **_LOCAL)
 
 
 def load_run(path: Path, device: torch.device) -> Network:
     """The quantized network of a finished run: dequantized weights, online maps and quantizers in place."""
-    if not RunFolder(path).finished:
-        raise SpinfoldError(f"{path} holds no finished run.", "run.json is missing.", "Finish it with --resume.")
-    recipe = Recipe.load(path / "recipe.yaml")
-    folder = path / "model"
+    config, recipe, folder = run_config(path), Recipe.load(path / "recipe.yaml"), path / "model"
     tensors, _ = load_tensors(folder / "model.safetensors")
-    config = AutoConfig.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    network = Network(model, AutoTokenizer.from_pretrained(folder), path.name)
-    if recipe.weight_format is not None:
-        for linear in network.linears:
-            prefix = f"layers.{linear.layer}.{linear.role}."
-            parts = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
-            linear.weight_OI.copy_(QuantizedWeight.from_tensors(parts, recipe.weight_format).dequantize())
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    rounded = {linear.name + ".weight" for linear in network.linears} if recipe.weight_format else set()
-    if unexpected or set(missing) - rounded:
-        odd = (list(unexpected) + sorted(set(missing) - rounded))[0]
-        raise SpinfoldError(f"{folder} is not this run's model.", f"Tensor {odd} does not fit.", "Make the run again.")
+    with transformers_errors(f"The model of the run {path} can't be built.", "Make the run again."):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
+    network = Network(model, tokenizer, path.name)
+    try:
+        _fill(network, tensors, recipe.weight_format)
+    except (KeyError, RuntimeError) as error:
+        why = f"A tensor is missing or does not fit: {' '.join(str(error).split())[:300]}"
+        raise SpinfoldError(f"{folder} is not this run's model.", why, "Make the run again.") from None
     network.to(device)
     place_online(network, load_maps(path))
     quantize_wires(network, recipe)
     return network
+
+
+def _fill(network: Network, tensors: dict[str, Tensor], format: IntFormat | None) -> None:
+    """Put stored tensors into a network that was built from its config; KeyError or RuntimeError if they don't fit."""
+    rounded: set[str] = set()
+    for linear in network.linears if format else ():
+        assert format is not None
+        prefix = f"layers.{linear.layer}.{linear.role}."
+        parts = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+        linear.weight_OI.copy_(QuantizedWeight.from_tensors(parts, format).dequantize())
+        rounded.add(f"{linear.name}.weight")
+    missing, unexpected = network.model.load_state_dict(tensors, strict=False)
+    if odd := [*unexpected, *sorted(set(missing) - rounded)]:
+        raise KeyError(odd[0])

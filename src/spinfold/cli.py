@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import os
 import sys
 import traceback
@@ -54,6 +55,10 @@ Model = Annotated[
     str, typer.Argument(help="A Hugging Face folder or hub id, a .gguf file, or `smollm2`.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="The calibration text: a file (text, or JSON lines with a `text` field), or a known name."),
+]
 Sites = Annotated[
     str | None,
     typer.Option(
@@ -101,10 +106,7 @@ def quantize(
         int | None, typer.Option(help="Weights that share a scale, in input channels. One scale per row if not given.")
     ] = None,
     rounding: Annotated[RoundingMethod | None, typer.Option(help="How weights get onto the grid.")] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="The calibration text: a file (text, or JSON lines with a `text` field), or a known name."),
-    ] = None,
+    calibration: Calibration = None,
     samples: Annotated[int | None, typer.Option(help="Number of calibration windows.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Length of a window, in tokens.")] = None,
     steps: Annotated[int | None, typer.Option(help="Number of optimiser steps of a learned method.")] = None,
@@ -146,6 +148,7 @@ def rotate(
     sites: Annotated[
         str, typer.Option(help="Where maps may stand, separated by commas; only sites that can be folded.")
     ] = "residual,value",
+    calibration: Calibration = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="The number format of the weights that are written.")] = Dtype.BFLOAT16,
 ) -> None:
@@ -157,6 +160,7 @@ def rotate(
         sites=_names(sites) or (),
         seed=seed,
         dtype=dtype.value,
+        recipe=spinfold.Recipe().with_(calibration__source=calibration),
         progress=for_terminal(),
     )
     print(f"Model: {path}")
@@ -166,10 +170,13 @@ def rotate(
 def verify(
     original: Model,
     other: Annotated[str, typer.Argument(help="The model that should compute the same.", show_default=False)],
+    text: Annotated[
+        str | None, typer.Option(help="The text to compare them on: a file, or a known name.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Do two models compute the same function? Exit code 0 if they do, 1 with the reason if not."""
-    proof = spinfold.verify(original, other)
+    proof = spinfold.verify(original, other, text=text)
     if as_json:
         _print_json(proof.to_dict())
     else:
@@ -245,15 +252,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  else the interpreter complains when it flushes at exit
         return 0
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as request:
+        print(" ".join(["Interrupted.", *_notes(request)]), file=sys.stderr)
         return 130
     except Exception as error:
         if settings["debug"]:
             traceback.print_exc()
         explained = _explain(error)
-        print(explained, file=sys.stderr)
+        print("\n".join([str(explained), *_notes(error)]), file=sys.stderr)
         return explained.exit_code
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What else there is to say, such as that the run can be resumed."""
+    return getattr(error, "__notes__", [])
 
 
 def _explain(error: Exception) -> SpinfoldError:
@@ -309,7 +321,16 @@ def _names(text: str | None) -> tuple[str, ...] | None:
 
 
 def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, default=str))
+    print(json.dumps(_finite(value), indent=2, default=str))
+
+
+def _finite(value: object) -> object:
+    """JSON has no NaN and no infinity: these become null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

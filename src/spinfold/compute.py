@@ -1,8 +1,8 @@
 """Where and how exactly products are computed: device, and one of three precisions.
 
-    fp32   IEEE products, TF32 off: proofs, and everything that is folded
-    tf32   fp32 tensors, products in TF32 where the device has it (10 bits of mantissa)
-    bf16   fp32 residual stream and norms, linear layers and attention in bf16 (torch.autocast)
+fp32   IEEE products, TF32 off: proofs, and everything that is folded
+tf32   fp32 tensors, products in TF32 where the device has it (10 bits of mantissa)
+bf16   fp32 residual stream and norms, linear layers and attention in bf16 (torch.autocast)
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise SpinfoldError(f"There is no device {name!r}.", "Its name is not known.", "Use auto, cpu or cuda.") from None
+        raise SpinfoldError(
+            f"There is no device {name!r}.", "Its name is not known.", "Use auto, cpu or cuda."
+        ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SpinfoldError(
             f"Device {name!r} can't be used.",
@@ -40,7 +42,9 @@ def pick_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "tf32"
-    return "bf16" if torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_amx_tile_supported() else "fp32"
+    return (
+        "bf16" if torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_amx_tile_supported() else "fp32"
+    )
 
 
 @contextmanager

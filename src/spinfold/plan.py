@@ -22,7 +22,7 @@ from spinfold.recipe import Recipe
 
 __all__ = ["ONLINE_SITES", "check_output", "check_seq_len", "find_method", "is_run", "plan_run"]
 
-RUN_FILES = ("run.json", "recipe.yaml", "state/key.json")
+RUN_FILES = ("run.json", "state/key.json")
 """A folder that holds one of these is a run, finished or not."""
 
 

@@ -12,7 +12,7 @@ import re
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Final, Literal, NamedTuple, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -22,7 +22,7 @@ from spinfold.formats import ClipSearch, IntFormat
 
 __all__ = ["Bits", "Recipe", "presets"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 Site = Literal["residual", "value", "query_key", "down"]
 
 
@@ -98,19 +98,32 @@ class Fit(_Section):
     """Settings of a learned method; `None` means the method's own default (see `spinfold methods`).
 
     `step_rule` "capped" is the published Cayley step, "spectral" a step of `learning_rate` over the spectral
-    norm of the skew gradient. `weight_bits` 16 fits with unrounded weights, as SpinQuant's authors advise when
-    GPTQ follows.
+    norm of the skew gradient. `scale_gradient` false holds the quantizers' scales constant, as published.
+    `weight_bits` 16 fits with unrounded weights, as SpinQuant's authors advise when GPTQ follows.
+
+    Where a method has a residual basis per boundary, `rank` bounds the change of basis on each skip connection, and
+    `chain` says what happens to the rest of it: "exact" moves the bases until nothing is lost, "published" drops it,
+    which changes the function.
+
+    A layer-wise method draws `tokens` calibration tokens per wire, `batch` rows of them (for OptRot: layers) a step.
+    `objective` is one of the method's own; `alpha` is SmoothQuant's share of the range that moves to the weights.
     """
 
     steps: int | None = Field(None, ge=0, le=100_000)
-    batch: int | None = Field(None, ge=1, le=4096)
+    batch: int | None = Field(None, ge=1, le=65536)
     seq_len: int | None = Field(None, ge=2, le=1 << 20)
     learning_rate: float | None = Field(None, gt=0)
     step_rule: Literal["capped", "spectral"] | None = None
     schedule: Literal["linear", "cosine", "constant"] | None = None
     clip_grad_norm: float | None = Field(None, gt=0)
     weight_bits: int | None = Field(None, ge=2, le=16)
+    scale_gradient: bool | None = None
     checkpointing: bool = False
+    rank: int | None = Field(None, ge=0)
+    chain: Literal["exact", "published"] | None = None
+    tokens: int | None = Field(None, ge=1)
+    objective: Literal["literal", "normalised", "kurtosis", "uniform"] | None = None
+    alpha: float | None = Field(None, ge=0, le=1)
 
 
 class Recipe(_Section):

@@ -1,14 +1,15 @@
 """A run folder: what a quantization leaves behind, and what it needs to go on after it was stopped.
 
-    RUN/recipe.yaml            the whole choice
-        run.json               figures, proofs, stages, environment (written last: a run without it is unfinished)
+    RUN/recipe.yaml             the whole choice
         maps.json, .safetensors the maps by site
-        model/                 config, tokenizer, model.safetensors: integers and scales of the linears, the rest in fp32
-        outliers-*.npz         activation statistics before and after
-        report.html            the page
-        state/                 only while unfinished: results of the finished stages
+        model/                  config, tokenizer, and tensors: integers and scales of the linears, the rest in fp32
+        outliers-*.npz          activation statistics before and after
+        run.json                figures, proofs, stages, environment
+        report.html             the page
+        state/                  only while unfinished: key.json, what the run was asked for, and its finished stages
 
-Every file is written beside its place, flushed to disk and renamed, so that none is ever half there.
+Files and folders are written beside their place, flushed to disk and renamed, so that none is ever half there. A run
+is finished when it has a run.json and no state/ any more.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +31,57 @@ from torch import Tensor
 
 from spinfold.errors import SpinfoldError
 
-__all__ = ["RunFolder", "load_tensors", "read_json", "save_tensors", "write_json", "write_whole"]
+__all__ = ["RunFolder", "load_tensors", "read_json", "save_tensors", "whole_folder", "write_json", "write_whole"]
+
+_LEFTOVER = re.compile(r"\..+\.\d+(\.part)?")
+"""The hidden name, with a process id, that a file has while it is written."""
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then put it in its place at once; on any error nothing remains."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = _beside(path)
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # what the user's umask gives: safetensors makes its files private
         write(beside)
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
+        beside.chmod(mode)
+        _flush(beside)
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder for the body to fill, put in the place of `path` at once when it is done; on any error nothing remains.
+
+    `path` is new or an empty folder. An empty one is filled rather than replaced, config.json last: it may be a mount
+    point, or stand where nothing else may be made.
+    """
+    path = path.resolve()
+    occupied = path.is_dir()
+    above = [] if occupied else _make_folders(path.parent)
+    beside = path / _beside(path).name if occupied else _beside(path)
+    moved: list[Path] = []
+    try:
+        beside.mkdir()
+        yield beside
+        for entry in [*beside.rglob("*"), beside]:
+            _flush(entry)
+        if occupied:
+            entries = sorted(beside.iterdir(), key=lambda entry: entry.name == "config.json")
+            moved.extend(entry.rename(path / entry.name) for entry in entries)
+            beside.rmdir()
+        else:
+            moved.append(beside.rename(path))
+        _flush(path.parent)
+    except BaseException:
+        for entry in moved:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        shutil.rmtree(beside, ignore_errors=True)
+        _remove_empty(above)
         raise
 
 
@@ -104,47 +143,107 @@ class RunFolder:
     def writing(self, key: dict[str, Any], *, resume: bool) -> Iterator[None]:
         """Hold the folder for one process. `key` is what the stages depend on: a resumed run must have the same.
 
-        If the body fails before a stage has been kept, the folder is as it was before. Raises `SpinfoldError` if
-        another process holds it, or if it holds another run's stages.
+        If the body fails before a stage has been kept, everything is as it was before; afterwards the error carries a
+        note that the run can be resumed. Raises `SpinfoldError` if another process holds the folder, or if it holds
+        another run's stages.
         """
-        fresh = not self.path.exists()
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as lock:
+        made = _make_folders(self.path)
+        with _locked(self.path):
+            self._check(key, resume)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise SpinfoldError(
-                    f"{self.path} is in use.", "Another process is writing this run.", "Wait for it, or use another folder."
-                ) from None
-            try:
-                self._claim(key, resume)
+                self._claim(key)
                 yield
-                shutil.rmtree(self.state, ignore_errors=True)
-            except BaseException:
-                if not self._kept():
+                # One rename ends the run: whoever is killed while he cleans up leaves no state that looks alive.
+                shutil.rmtree(self.state.rename(_beside(self.state)), ignore_errors=True)
+            except BaseException as error:
+                if self._kept():
+                    error.add_note("The finished stages are kept: the same command with --resume goes on from there.")
+                else:
                     shutil.rmtree(self.state, ignore_errors=True)
-                    if fresh:
-                        shutil.rmtree(self.path, ignore_errors=True)
+                    _remove_empty(made)
                 raise
-            finally:
-                (self.path / ".lock").unlink(missing_ok=True)
+
+    @property
+    def _key(self) -> Path:
+        return self.state / "key.json"
 
     def _kept(self) -> list[Path]:
-        return [path for path in self.state.glob("*") if path.name != "key.json"] if self.state.is_dir() else []
+        """The stages that are done."""
+        return [path for path in self.state.glob("*") if path != self._key and not _LEFTOVER.fullmatch(path.name)]
 
-    def _claim(self, key: dict[str, Any], resume: bool) -> None:
-        path = self.state / "key.json"
-        if not path.exists():
-            write_json(path, key)
+    def _check(self, key: dict[str, Any], resume: bool) -> None:
+        """Refuse to touch the stages of another run."""
+        if not self._key.is_file():
             return
         if not resume:
-            raise SpinfoldError(
-                f"{self.path} holds an unfinished run.", "It was stopped before its end.", "Add --resume, or remove the folder."
-            )
-        before = read_json(path)
+            why = "It was stopped before its end."
+            raise SpinfoldError(f"{self.path} holds an unfinished run.", why, "Add --resume, or remove the folder.")
+        before = read_json(self._key)
         if changed := sorted(name for name in key if before.get(name) != key[name]):
             raise SpinfoldError(
                 f"{self.path} can't be resumed.",
                 f"It was started with another {', '.join(changed)}.",
                 "Use the same command as before, or another folder.",
             )
+
+    def _claim(self, key: dict[str, Any]) -> None:
+        """Clear away what a killed process was writing, and make the state this run's."""
+        for leftover in [*self.path.glob(".*"), *self.state.glob(".*")]:
+            if _LEFTOVER.fullmatch(leftover.name):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if not self._key.is_file():
+            shutil.rmtree(self.state, ignore_errors=True)  # stages of nobody knows what
+            write_json(self._key, key)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; `SpinfoldError` if another one does.
+
+    The lock is on the folder itself, so it needs no file, and the system takes it back however the process ends. A
+    file system that knows no locks gives none.
+    """
+    in_use = SpinfoldError(
+        f"{folder} is in use.", "Another process is writing this run.", "Wait for it, or use another folder."
+    )
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise in_use from None
+        except OSError:
+            pass
+        # Another process may have failed and removed its folder since it was opened here.
+        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise in_use
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _make_folders(path: Path) -> list[Path]:
+    """Make a folder and what is missing above it; returns what was made, the deepest first."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file to disk, or the names in a folder, which not every file system can."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError) if path.is_dir() else nullcontext():
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -379,7 +379,9 @@ def test_options_beat_the_recipe_and_the_recipe_beats_defaults(
 def test_verify_answers_by_its_exit_code(
     measured: float, code: int, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spinfold, "verify", lambda *_: Proof("same function", measured, 1e-5, "block 3 deviates first"))
+    monkeypatch.setattr(
+        spinfold, "verify", lambda *_, **__: Proof("same function", measured, 1e-5, "block 3 deviates first")
+    )
     plain, as_json = run("verify", "a", "b"), run("verify", "a", "b", "--json")
     assert plain.code == as_json.code == code
     assert "block 3 deviates first" in plain.out

@@ -21,8 +21,8 @@ GLOBAL_OPTIONS = {"--debug", "--version"}
 VERBS = {
     "quantize": "model --output -o --method --sites --bits --format --group-size --rounding --calibration --samples "
     "--seq-len --steps --seed --device --recipe --resume",
-    "rotate": "model --output -o --method --sites --seed --dtype",
-    "verify": "original other --json",
+    "rotate": "model --output -o --method --sites --calibration --seed --dtype",
+    "verify": "original other --text --json",
     "evaluate": "model --text --seq-len --max-tokens --json",
     "report": "run",
     "methods": "--json",

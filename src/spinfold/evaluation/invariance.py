@@ -41,7 +41,9 @@ class Proof:
 
     def __str__(self) -> str:
         sign = "≤" if self.ok else ">"
-        return f"{self.statement}: {self.measured:.2g} {sign} {self.tolerance:.2g}" + (f" ({self.detail})" if self.detail else "")
+        return f"{self.statement}: {self.measured:.2g} {sign} {self.tolerance:.2g}" + (
+            f" ({self.detail})" if self.detail else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,24 @@ def take_fingerprint(network: Network, ids_BT: Tensor) -> Fingerprint:
     return Fingerprint(ids_BT, logits_BTV, torch.stack(lengths))
 
 
-def prove_same_function(network: Network, original: Fingerprint, *, orthogonal: bool = True) -> Proof:
+def prove_same_function(
+    network: Network, original: Fingerprint, *, orthogonal: bool = True, tolerance: float | None = None
+) -> Proof:
     """Compare a network with the fingerprint of the one that it should equal; fp32 or fp64 decides the tolerance."""
     now = take_fingerprint(network, original.ids_BT)
     reference = original.logits_BTV.to(now.logits_BTV)
     spread = (reference - reference.mean(-1, keepdim=True)).norm()
     error = float((now.logits_BTV - reference).norm() / spread)
-    tolerance = TOLERANCE[network.dtype]
-    detail = ""
-    if not error <= tolerance and orthogonal:
+    tolerance = tolerance or TOLERANCE[network.dtype]
+    detail, depths = "", [len(now.lengths_LBT), len(original.lengths_LBT)]
+    if not error <= tolerance and depths[0] != depths[1]:
+        detail = f"it has {depths[0]} blocks, the original {depths[1]}"
+    elif not error <= tolerance and orthogonal:
         gap_L = ((now.lengths_LBT - original.lengths_LBT).abs() / original.lengths_LBT).amax((1, 2))
-        bad = (~(gap_L <= 100 * tolerance)).nonzero().flatten().tolist()
-        detail = f"block {bad[0]} is the first that deviates" if bad else "all blocks agree; look at the final norm and the head"
+        bad = (~(gap_L <= min(100 * tolerance, 0.1))).nonzero().flatten().tolist()
+        detail = (
+            f"block {bad[0]} is the first that deviates"
+            if bad
+            else "all blocks agree; look at the final norm and the head"
+        )
     return Proof("same function: relative logit error", error, tolerance, detail)

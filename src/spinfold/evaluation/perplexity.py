@@ -82,7 +82,7 @@ def measure_quality(
                 kept.append(hidden_BTD)
             original_BTD = None if reference is None else reference.hidden_NTD[i : i + batch]
             with precision("tf32", device):
-                sums += _sums(network, hidden_BTD, ids_BT, reference and reference.head, original_BTD)
+                sums += _sums(network, hidden_BTD, ids_BT, reference.head if reference else None, original_BTD)
             bar.advance(len(ids_BT))
     tokens = len(ids_NT) * (ids_NT.shape[1] - 1)
     nll, kl, same = (sums / tokens).tolist()

@@ -1,36 +1,54 @@
-"""What a fit minimises.
+"""What an end-to-end fit minimises; the logits exist for one chunk of tokens at a time, in the backward pass too.
 
 Shapes: B windows, T tokens, D residual width, V vocabulary, P predicted tokens of a chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from spinfold.networks import Network
 
-__all__ = ["next_token_loss"]
+__all__ = ["distillation_loss", "next_token_loss"]
 
-_TOKENS_PER_CHUNK = 2048
+_TOKENS_PER_CHUNK = 4096
 
 
 def next_token_loss(network: Network, ids_BT: Tensor) -> Tensor:
-    """Mean next-token cross-entropy in nats, a scalar.
-
-    The logits exist for one chunk of tokens at a time, in the backward pass too.
-    """
+    """Mean next-token cross-entropy in nats, a scalar."""
     hidden_PD = network.hidden(ids_BT)[:, :-1].flatten(0, 1)
-    targets_P = ids_BT[:, 1:].flatten()
 
-    def chunk_loss(h_PD: Tensor, t_P: Tensor) -> Tensor:
+    def of_chunk(h_PD: Tensor, t_P: Tensor) -> Tensor:
         return F.cross_entropy(network.logits(h_PD).float(), t_P, reduction="sum")
 
-    total = torch.zeros((), device=hidden_PD.device)
-    for h_PD, t_P in zip(hidden_PD.split(_TOKENS_PER_CHUNK), targets_P.split(_TOKENS_PER_CHUNK), strict=True):
-        total = total + cast(Tensor, checkpoint(chunk_loss, h_PD, t_P, use_reentrant=False))
-    return total / len(targets_P)
+    return _mean_over_chunks(of_chunk, hidden_PD, ids_BT[:, 1:].flatten())
+
+
+def distillation_loss(network: Network, head: nn.Linear, ids_BT: Tensor, original_BTD: Tensor) -> Tensor:
+    """Mean KL divergence in nats from the original, given by its head and what its head reads, to the network.
+
+    Every position counts, the last one too: unlike the next token, the original's answer is there.
+    """
+    hidden_PD = network.hidden(ids_BT).flatten(0, 1)
+
+    def of_chunk(h_PD: Tensor, o_PD: Tensor) -> Tensor:
+        with torch.no_grad():
+            logq_PV = network.finish(head(o_PD)).float().log_softmax(-1)
+        logp_PV = network.logits(h_PD).float().log_softmax(-1)
+        return F.kl_div(logp_PV, logq_PV, reduction="sum", log_target=True)
+
+    return _mean_over_chunks(of_chunk, hidden_PD, original_BTD.flatten(0, 1))
+
+
+def _mean_over_chunks(of_chunk: Callable[[Tensor, Tensor], Tensor], x_PD: Tensor, y_P: Tensor) -> Tensor:
+    total = torch.zeros((), device=x_PD.device)
+    for x, y in zip(x_PD.split(_TOKENS_PER_CHUNK), y_P.split(_TOKENS_PER_CHUNK), strict=True):
+        # Nothing here is random, and a generator's state can't be read inside a CUDA graph.
+        total = total + cast(Tensor, checkpoint(of_chunk, x, y, use_reentrant=False, preserve_rng_state=False))
+    return total / len(x_PD)

@@ -29,10 +29,14 @@ def fake_quantize(x: Tensor, fmt: IntFormat, *, scale_gradient: bool = False) ->
     Computed in fp32 (fp64 for fp64). NaN or infinity makes its whole group NaN: it never turns into a number.
     Raises SpinfoldError if groups do not fit.
     """
-    if scale_gradient:
+    if scale_gradient and not _has_kernel(x, fmt):
         return _differentiable(x, fmt)
-    quantized: Tensor = _StraightThrough.apply(x, fmt)
+    quantized: Tensor = (_RangeAware if scale_gradient else _StraightThrough).apply(x, fmt)
     return quantized
+
+
+def _has_kernel(x: Tensor, fmt: IntFormat) -> bool:
+    return kernels_run_on(x) and fmt.group_of(x.shape[-1]) <= 2**15
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -40,7 +44,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, fmt: IntFormat) -> Tensor:
-        if kernels_run_on(x) and fmt.group_of(x.shape[-1]) <= 2**15:
+        if _has_kernel(x, fmt):
             from spinfold.kernels.fake_quant import fake_quant
 
             return fake_quant(x, fmt.group_of(x.shape[-1]), fmt.low, fmt.high, fmt.clip, fmt.symmetric)
@@ -49,6 +53,24 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
+
+
+class _RangeAware(torch.autograd.Function):
+    """`_differentiable` in one kernel forward and one backward, which recomputes instead of saving."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fmt: IntFormat) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.fmt = fmt
+        return _StraightThrough.forward(ctx, x, fmt)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        from spinfold.kernels.fake_quant import fake_quant_gradient
+
+        (x,), fmt = ctx.saved_tensors, ctx.fmt
+        width = fmt.group_of(x.shape[-1])
+        return fake_quant_gradient(x, grads[0], width, fmt.low, fmt.high, fmt.clip, fmt.symmetric), None
 
 
 def _on_grid(x: Tensor, fmt: IntFormat) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spinfold.kernels.rounding import round_even
 
-__all__ = ["fake_quant"]
+__all__ = ["fake_quant", "fake_quant_gradient"]
 
 
 @triton.jit
@@ -60,3 +60,64 @@ def fake_quant(x: Tensor, width: int, q_low: int, q_high: int, clip: float, symm
         TILE_R=tile_r, TILE_W=tile_w, num_warps=min(16, max(4, tile_w // 1024)), enable_fp_fusion=False,
     )  # fmt: skip
     return y
+
+
+@triton.jit
+def _gradient(
+    x_ptr, g_ptr, d_ptr, num_rows, width, clip, q_low, q_high,
+    SYMMETRIC: tl.constexpr, TILE_R: tl.constexpr, TILE_W: tl.constexpr,
+):  # fmt: skip
+    row_R = tl.program_id(0).to(tl.int64) * TILE_R + tl.arange(0, TILE_R)
+    col_W = tl.arange(0, TILE_W)
+    offset_RW = row_R[:, None] * width + col_W[None, :]
+    mask_RW = (row_R < num_rows)[:, None] & (col_W < width)[None, :]
+    x_RW = tl.load(x_ptr + offset_RW, mask=mask_RW, other=0.0).to(tl.float32)
+    g_RW = tl.load(g_ptr + offset_RW, mask=mask_RW, other=0.0).to(tl.float32)
+
+    min_R, max_R = tl.min(x_RW, axis=1), tl.max(x_RW, axis=1)
+    low_R, high_R = tl.minimum(min_R, 0.0) * clip, tl.maximum(max_R, 0.0) * clip
+    span_R = tl.maximum(high_R, -low_R) if SYMMETRIC else high_R - low_R
+    scale_R = span_R / q_high
+    scale_R = tl.where(scale_R == 0.0, 1.0, scale_R)
+    ratio_RW = x_RW / scale_R[:, None]
+    q_RW = round_even(ratio_RW)
+    if SYMMETRIC:
+        above_RW, below_RW = q_RW > q_high, q_RW < q_low
+    else:
+        zero_R = tl.minimum(tl.maximum(round_even(-low_R / scale_R), q_low), q_high)
+        above_RW, below_RW = q_RW + zero_R[:, None] > q_high, q_RW + zero_R[:, None] < q_low
+    clipped_RW = above_RW | below_RW
+    d_RW = tl.where(clipped_RW, 0.0, g_RW)
+    # Inside, x^ = s round(x / s); at an end, x^ = s (end - z) with z straight through round(-low / s).
+    by_scale_R = tl.sum(d_RW * (q_RW - ratio_RW), axis=1) / q_high
+    above_R, below_R = tl.sum(tl.where(above_RW, g_RW, 0.0), axis=1), tl.sum(tl.where(below_RW, g_RW, 0.0), axis=1)
+    if SYMMETRIC:
+        by_span_R = by_scale_R + above_R + below_R * (q_low / q_high)
+        upper_R = high_R >= -low_R
+        by_high_R, by_low_R = tl.where(upper_R, by_span_R, 0.0), tl.where(upper_R, 0.0, -by_span_R)
+    else:
+        by_scale_R += above_R - (above_R + below_R) * (zero_R + low_R / scale_R) / q_high
+        by_high_R, by_low_R = by_scale_R, above_R + below_R - by_scale_R
+    is_max_RW = (x_RW == max_R[:, None]) & (max_R > 0.0)[:, None] & mask_RW
+    is_min_RW = (x_RW == min_R[:, None]) & (min_R < 0.0)[:, None] & mask_RW
+    d_RW += tl.where(is_max_RW, (clip * by_high_R / tl.maximum(tl.sum(is_max_RW.to(tl.float32), axis=1), 1.0))[:, None], 0.0)
+    d_RW += tl.where(is_min_RW, (clip * by_low_R / tl.maximum(tl.sum(is_min_RW.to(tl.float32), axis=1), 1.0))[:, None], 0.0)
+    tl.store(d_ptr + offset_RW, d_RW.to(d_ptr.dtype.element_ty), mask=mask_RW)
+
+
+def fake_quant_gradient(
+    x: Tensor, grad: Tensor, width: int, q_low: int, q_high: int, clip: float, symmetric: bool
+) -> Tensor:
+    """The gradient with respect to `x` of `fake_quant` with range-dependent scales, roundings straight-through."""
+    x, grad = x.contiguous(), grad.contiguous()
+    out = torch.empty_like(x)
+    num_rows = x.numel() // width
+    if num_rows == 0:
+        return out
+    tile_w = triton.next_power_of_2(width)
+    tile_r = max(1, 2048 // tile_w)
+    _gradient[(triton.cdiv(num_rows, tile_r),)](
+        x, grad, out, num_rows, width, float(clip), float(q_low), float(q_high), SYMMETRIC=symmetric,
+        TILE_R=tile_r, TILE_W=tile_w, num_warps=min(16, max(4, tile_w // 1024)),
+    )  # fmt: skip
+    return out

@@ -13,6 +13,7 @@ from spinfold.maps.linear import (
     Permutation,
     random_orthogonal,
 )
+from spinfold.maps.lowrank import LowRankCorrection, chain_of_bases, low_rank_rotation
 from spinfold.maps.manifold import (
     CayleySGD,
     RiemannianAdam,
@@ -38,6 +39,7 @@ __all__ = [
     "Hadamard",
     "Identity",
     "Kronecker",
+    "LowRankCorrection",
     "Map",
     "Orthogonal",
     "Permutation",
@@ -46,10 +48,12 @@ __all__ = [
     "StepRule",
     "cayley",
     "cayley_step",
+    "chain_of_bases",
     "factorise",
     "from_parts",
     "hadamard_matrix",
     "is_base_order",
+    "low_rank_rotation",
     "orthogonality_gap",
     "procrustes",
     "project",

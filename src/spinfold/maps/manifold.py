@@ -121,32 +121,43 @@ def cayley_step(R_NN: Tensor, G_NN: Tensor, lr: float, rule: StepRule = "spectra
 
 
 class _OrthogonalOptimiser(ABC):
-    """The loop of both optimisers: clip the joint gradient norm, step every matrix, stay on the manifold."""
+    """The loop of both optimisers: clip the joint gradient norm, step every matrix, stay on the manifold.
+
+    Parameters of one shape move together, as one stack: a network has one value rotation per layer, and thirty small
+    solves cost thirty times one.
+    """
 
     def __init__(self, params: Sequence[Tensor], lr: float, clip_grad_norm: float | None = None) -> None:
         for R_NN in params:
             if R_NN.dtype not in (torch.float32, torch.float64) or R_NN.ndim < 2 or R_NN.shape[-1] != R_NN.shape[-2]:
                 raise ValueError(f"rotations are square and fp32 or fp64, not {tuple(R_NN.shape)} {R_NN.dtype}")
         self.params = list(params)
+        shapes = dict.fromkeys(R_NN.shape for R_NN in self.params)
+        self.stacks = [[R_NN for R_NN in self.params if R_NN.shape == shape] for shape in shapes]
         self.lr = lr
         self.clip_grad_norm = clip_grad_norm
 
     @torch.no_grad()
     def step(self, lr_scale: float = 1.0) -> None:
-        """Move every parameter that has a gradient, in place, by the learning rate `lr * lr_scale`."""
+        """Move every parameter, in place, by the learning rate `lr * lr_scale`; one without a gradient stays."""
         if self.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.params, self.clip_grad_norm)
-        for index, R_NN in enumerate(self.params):
-            if R_NN.grad is not None:
-                R_NN.copy_(_restore(self._move(index, R_NN, R_NN.grad, self.lr * lr_scale)))
+        for index, stack in enumerate(self.stacks):
+            G_SNN = torch.stack([torch.zeros_like(R_NN) if R_NN.grad is None else R_NN.grad for R_NN in stack])
+            moved_SNN = _restore(self._move(index, torch.stack(stack), G_SNN, self.lr * lr_scale))
+            for R_NN, moved_NN in zip(stack, moved_SNN, strict=True):
+                if R_NN.grad is not None:
+                    R_NN.copy_(moved_NN)
 
     def zero_grad(self) -> None:
+        """Forget the gradients; their memory stays where it is, as a captured CUDA graph needs it."""
         for R_NN in self.params:
-            R_NN.grad = None
+            if R_NN.grad is not None:
+                R_NN.grad.zero_()
 
     @abstractmethod
-    def _move(self, index: int, R_NN: Tensor, G_NN: Tensor, lr: float) -> Tensor:
-        """The next value of parameter number `index`, on the manifold up to a small drift."""
+    def _move(self, index: int, R_SNN: Tensor, G_SNN: Tensor, lr: float) -> Tensor:
+        """The next values of stack number `index`, on the manifold up to a small drift."""
 
 
 class CayleySGD(_OrthogonalOptimiser):
@@ -162,8 +173,8 @@ class CayleySGD(_OrthogonalOptimiser):
         super().__init__(params, lr, clip_grad_norm)
         self.rule = rule
 
-    def _move(self, index: int, R_NN: Tensor, G_NN: Tensor, lr: float) -> Tensor:
-        return cayley_step(R_NN, G_NN, lr, self.rule)
+    def _move(self, index: int, R_SNN: Tensor, G_SNN: Tensor, lr: float) -> Tensor:
+        return cayley_step(R_SNN, G_SNN, lr, self.rule)
 
 
 class RiemannianAdam(_OrthogonalOptimiser):
@@ -185,19 +196,19 @@ class RiemannianAdam(_OrthogonalOptimiser):
     ) -> None:
         super().__init__(params, lr, clip_grad_norm)
         self.betas, self.eps = betas, eps
-        self.first = [torch.zeros_like(R_NN, requires_grad=False) for R_NN in self.params]
-        self.second = [R_NN.new_zeros((*R_NN.shape[:-2], 1, 1)) for R_NN in self.params]
-        self.num_steps = [0] * len(self.params)
+        self.first = [torch.zeros_like(torch.stack(stack), requires_grad=False) for stack in self.stacks]
+        self.second = [first_SNN.new_zeros((*first_SNN.shape[:-2], 1, 1)) for first_SNN in self.first]
+        self.num_steps = [0] * len(self.stacks)
 
-    def _move(self, index: int, R_NN: Tensor, G_NN: Tensor, lr: float) -> Tensor:
+    def _move(self, index: int, R_SNN: Tensor, G_SNN: Tensor, lr: float) -> Tensor:
         beta1, beta2 = self.betas
         self.num_steps[index] += 1
-        A_NN = skew_gradient(R_NN, G_NN)
-        first = self.first[index].lerp_(A_NN, 1 - beta1)
-        second = self.second[index].lerp_(A_NN.square().sum(dim=(-2, -1), keepdim=True) / A_NN.shape[-1], 1 - beta2)
-        mean_NN = first / (1 - beta1 ** self.num_steps[index])
+        A_SNN = skew_gradient(R_SNN, G_SNN)
+        length = A_SNN.square().sum(dim=(-2, -1), keepdim=True) / A_SNN.shape[-1]
+        first_SNN, second = self.first[index].lerp_(A_SNN, 1 - beta1), self.second[index].lerp_(length, 1 - beta2)
+        mean_SNN = first_SNN / (1 - beta1 ** self.num_steps[index])
         scale = (second / (1 - beta2 ** self.num_steps[index])).sqrt() + self.eps
-        return R_NN @ cayley(-lr * mean_NN / scale)
+        return R_SNN @ cayley(-lr * mean_SNN / scale)
 
 
 def _restore(R_NN: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from spinfold.maps.base import Map
 from spinfold.maps.composed import BlockDiagonal, Chain, Kronecker
 from spinfold.maps.hadamard import Hadamard
 from spinfold.maps.linear import Diagonal, Identity, Orthogonal, Permutation
+from spinfold.maps.lowrank import LowRankCorrection
 
 __all__ = ["from_parts", "to_parts"]
 
@@ -67,6 +68,7 @@ _BUILDERS: dict[str, Callable[[Config, Tensors], Map]] = {
     "hadamard": lambda c, t: Hadamard(
         c["size"], c["seed"], t["signs"] if c["signed"] else None, transposed=c["transposed"]
     ),
+    "low_rank": lambda c, t: LowRankCorrection(t["U"], t["K"]),
     "kronecker": lambda c, t: Kronecker(_part(c["left"], t, "left"), _part(c["right"], t, "right")),
     "block_diagonal": lambda c, t: BlockDiagonal(_part(c["block"], t, "block"), c["count"]),
     "chain": lambda c, t: Chain(*(_part(part, t, str(index)) for index, part in enumerate(c["maps"]))),

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from spinfold.errors import Verdict
 from spinfold.maps.base import Map
+from spinfold.maps.composed import Chain
+from spinfold.maps.linear import Orthogonal
 from spinfold.maps.serialise import from_parts, to_parts
 
 __all__ = ["SiteMaps"]
@@ -20,24 +22,61 @@ __all__ = ["SiteMaps"]
 class SiteMaps:
     """Which map stands at which site; None where there is none.
 
-    `residual` has size D; the others hold one map per layer: `value` and `query_key` of size head_dim (the same for
-    all heads of a layer), `down` of size F.
+    `residual` has size D: one basis for the whole stream, or one per boundary. The others hold one map per layer:
+    `value` and `query_key` of size head_dim (the same for all heads of a layer), `down` of size F.
+
+    A *boundary* is a point where a norm reads the stream: 2l before the attention of layer l, 2l + 1 before its MLP,
+    2L before the head. Between boundaries i and i + 1 the stream passes a branch by a skip connection, which has to
+    change its basis from R_i to R_{i+1}. `skip` holds these 2L changes where they are not to be R_iᵀ R_{i+1}, computed
+    from the residual maps: cheaper ones that equal it exactly, or that stand in for it and change the function.
+
+    `qkv_input` and `mlp_input` stand behind a norm, after the residual basis: diagonal, since its gain takes them.
     """
 
-    residual: Map | None = None
+    residual: Map | tuple[Map, ...] | None = None
     value: tuple[Map, ...] | None = None
     query_key: tuple[Map, ...] | None = None
     down: tuple[Map, ...] | None = None
+    skip: tuple[Map, ...] | None = None
+    qkv_input: tuple[Map, ...] | None = None
+    mlp_input: tuple[Map, ...] | None = None
+
+    def __post_init__(self) -> None:
+        bases = len(self.residual) if isinstance(self.residual, tuple) else 0
+        if self.skip is not None and bases != len(self.skip) + 1:
+            raise ValueError("skip holds one map between each two of the residual bases")
 
     @property
     def sites(self) -> tuple[str, ...]:
         """The sites that have a map."""
-        return tuple(f.name for f in fields(self) if getattr(self, f.name) is not None)
+        return tuple(f.name for f in fields(self) if f.name != "skip" and getattr(self, f.name) is not None)
 
     def at(self, site: str, layer: int) -> Map | None:
-        """The map at a site of a layer."""
+        """The map at a site that has one map per layer: any but the residual."""
+        if site == "residual":
+            raise ValueError("the residual stream has boundaries, not layers: use residual_at")
         maps = getattr(self, site)
-        return maps[layer] if isinstance(maps, tuple) else maps
+        return maps and maps[layer]
+
+    def residual_at(self, boundary: int) -> Map | None:
+        """The basis of the residual stream at a boundary, 0 to 2L."""
+        return self.residual[boundary] if isinstance(self.residual, tuple) else self.residual
+
+    def norm_output_at(self, boundary: int) -> Map | None:
+        """The map on what the norm at a boundary, 0 to 2L - 1, gives: the stream's basis, then the norm's scales."""
+        layer, is_mlp = divmod(boundary, 2)
+        pair = self.residual_at(boundary), self.at("mlp_input" if is_mlp else "qkv_input", layer)
+        maps = [one for one in pair if one is not None]
+        return Chain(*maps) if len(maps) == 2 else next(iter(maps), None)
+
+    def skip_at(self, boundary: int) -> Map | None:
+        """What carries the stream from a boundary's basis to the next one's; None where the basis stays."""
+        if self.skip is not None:
+            return self.skip[boundary]
+        if isinstance(self.residual, tuple):
+            here, after = self.residual[boundary : boundary + 2]
+            return Orthogonal(here.inverse().matrix() @ after.matrix())
+        return None
 
     def each(self) -> list[tuple[str, Map]]:
         """All maps with a name, such as `value.3`."""
@@ -85,7 +124,8 @@ class SiteMaps:
     def each_replaced(self, change: Callable[[Map], Map]) -> SiteMaps:
         """A copy with `change` applied to every map."""
         changed: dict[str, Any] = {}
-        for site in self.sites:
-            here = getattr(self, site)
-            changed[site] = tuple(change(one) for one in here) if isinstance(here, tuple) else change(here)
+        for field in fields(self):
+            here = getattr(self, field.name)
+            if here is not None:
+                changed[field.name] = tuple(change(one) for one in here) if isinstance(here, tuple) else change(here)
         return SiteMaps(**changed)

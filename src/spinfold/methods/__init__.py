@@ -1,10 +1,29 @@
 """One file per published method, and the registry of all."""
 
 from spinfold.methods.base import FitTask, Method
+from spinfold.methods.dartquant import DARTQUANT
+from spinfold.methods.dfrot import DFROT
+from spinfold.methods.kurtail import KURTAIL
 from spinfold.methods.none import NONE
+from spinfold.methods.optrot import OPTROT
+from spinfold.methods.optrot_plus import OPTROT_PLUS
 from spinfold.methods.quarot import QUAROT
+from spinfold.methods.respinquant import RESPINQUANT
+from spinfold.methods.smoothquant import SMOOTHQUANT
 from spinfold.methods.spinquant import SPINQUANT
 
 __all__ = ["METHODS", "FitTask", "Method"]
 
-METHODS = {method.name: method for method in (NONE, QUAROT, SPINQUANT)}
+_ALL = (
+    NONE,
+    SMOOTHQUANT,
+    QUAROT,
+    SPINQUANT,
+    RESPINQUANT,
+    OPTROT,
+    OPTROT_PLUS,
+    KURTAIL,
+    DARTQUANT,
+    DFROT,
+)
+METHODS = {method.name: method for method in _ALL}

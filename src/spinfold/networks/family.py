@@ -99,6 +99,9 @@ class Family:
                 "does not commute with a rotation; so the residual map can't be folded into the weights.",
                 "Leave the residual site out: --sites value,query_key,down.",
             )
+        norms = {"qkv_input": self.attention_norm, "mlp_input": self.mlp_norm}
+        if site in norms and norms[site] is None:
+            return Verdict(False, "No norm stands before it whose gain could take the scales.", "Use another method.")
         return Verdict(True)
 
 

@@ -8,6 +8,8 @@ A *wire* is a named tensor inside a layer; whatever is put on it, an online map,
     attention_out  input of o                  (B, T, heads * head_dim)
     mlp_input      input of gate, up           (B, T, D)
     down           input of down               (B, T, F)
+    attention_skip the stream past attention   (B, T, D)
+    mlp_skip       the stream past the MLP     (B, T, D)
 
 Shapes: B batch, T tokens, D residual width, F MLP width, V vocabulary, O out features, I in features.
 """
@@ -30,9 +32,10 @@ from transformers.masking_utils import sdpa_mask
 from spinfold.errors import SpinfoldError
 from spinfold.networks.family import INPUT_WIRE, Family, family_of
 
-__all__ = ["WIRES", "Layer", "Linear", "Network", "Wire"]
+__all__ = ["SKIP_WIRES", "WIRES", "Layer", "Linear", "Network", "Wire"]
 
-WIRES = ("qkv_input", "query", "key", "value", "attention_out", "mlp_input", "down")
+SKIP_WIRES = ("attention_skip", "mlp_skip")
+WIRES = ("qkv_input", "query", "key", "value", "attention_out", "mlp_input", "down", *SKIP_WIRES)
 
 
 class Wire(nn.Module):
@@ -61,6 +64,30 @@ class _Through:
         if "hidden_states" in kwargs:
             return args, kwargs | {"hidden_states": self.wire(kwargs["hidden_states"])}
         return (self.wire(args[0]), *args[1:]), kwargs
+
+
+class _Skip:
+    """Two hooks that send a skip connection through a wire, though the sum is out of a hook's reach.
+
+    With the stream x noted where the branch leaves it, at its norm, the branch's last linear is made to give
+    b + (wire(x) - x) / f, which the layer adds up to x + f (b + (wire(x) - x) / f) = wire(x) + f b.
+
+    An object rather than closures, for deep copies, as `_Through`. A wire without ops costs nothing.
+    """
+
+    def __init__(self, wire: Wire, factor: float) -> None:
+        self.wire, self.factor = wire, factor
+        self.x_BTD: Tensor | None = None
+
+    def leave(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.x_BTD = args[0] if len(self.wire.ops) else None
+
+    def join(self, writer: nn.Module, args: tuple[Tensor, ...], branch_BTD: Tensor) -> Tensor:
+        if self.x_BTD is None:
+            return branch_BTD
+        x_BTD, self.x_BTD = self.x_BTD, None
+        with torch.autocast(x_BTD.device.type, enabled=False):  # the stream is never rounded to 16 bits by autocast
+            return branch_BTD + (self.wire(x_BTD) - x_BTD) / self.factor
 
 
 def _wired_attention(
@@ -129,6 +156,13 @@ class Layer:
         ):
             hook = _Through(cast(Wire, self.wires[wire]))
             target.register_forward_pre_hook(hook, with_kwargs=True)
+        if not family.post_norms:  # a norm between a branch and the stream leaves no place to join it
+            factor = getattr(config, family.residual_factor) if family.residual_factor else 1.0
+            norms_and_writers = (self.attention_norm, "o"), (self.mlp_norm, "down")
+            for name, (norm, writer) in zip(SKIP_WIRES, norms_and_writers, strict=True):
+                skip = _Skip(self.wire(name), factor)
+                cast(nn.Module, norm).register_forward_pre_hook(skip.leave)
+                self.linears[writer].module.register_forward_hook(skip.join)
 
     def _linear(self, role: str, family: Family) -> Linear:
         part = family.linears[role]

@@ -38,7 +38,7 @@ from spinfold.networks import embedded, gguf_reader
 from spinfold.networks.gguf_header import GgufFile, scan
 from spinfold.networks.safetensors_reader import SafetensorsFolder, read_json, scan_folder
 
-__all__ = ["Checkpoint", "resolve"]
+__all__ = ["Checkpoint", "resolve", "transformers_errors"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -55,7 +55,10 @@ HARMLESS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias
 MAX_TABLE_BYTES = 256 << 20
 """A network's computed tables (rotary frequencies, masks) may be this large, or as large as its weights."""
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 SAMPLE_BYTES, NUM_SAMPLES = 1 << 20, 8
+DTYPE_OF = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Plain floating-point types by their name in safetensors and GGUF files."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,26 @@ class Checkpoint:
         return self.weights.weight_bytes
 
     @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """The coarsest floating-point type among the stored weights; None if some are in quantized blocks (GGUF)."""
+        if isinstance(self.weights, GgufFile):
+            kinds = {tensor.kind.name for tensor in self.weights.tensors.values()}
+        else:
+            with self.weights.open() as tensors:
+                kinds = {tensor.get_dtype() for tensor in tensors.values()}
+        if not kinds <= DTYPE_OF.keys():
+            return None
+        return max((DTYPE_OF[kind] for kind in kinds), key=lambda dtype: torch.finfo(dtype).eps)
+
+    @property
     def num_parameters(self) -> int:
         """Number of stored weights; a tied head counts once."""
         return sum(_product(shape) for shape in self.shapes.values())
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Is there a tokenizer beside the weights, whether or not it can be read? A GGUF file holds its own."""
+        return self.kind == "gguf" or any((self.path / name).is_file() for name in TOKENIZER_FILES)
 
     def fingerprint(self) -> str:
         """SHA-256 over the names, sizes and contents of the checkpoint's files, the same wherever it lies.
@@ -112,7 +132,7 @@ class Checkpoint:
         """
         model_class = _model_class(self.config)
         what = f"The weights of {self.name} cannot be loaded."
-        with _transformers_errors(what), _open(self.weights, self.config, dtype) as state:
+        with transformers_errors(what), _open(self.weights, self.config, dtype) as state:
             # A state dict instead of the path: only what was checked above is read, and nothing else in the folder
             # (adapters, other weight files, custom code) has a say.
             model, info = model_class.from_pretrained(
@@ -131,7 +151,7 @@ class Checkpoint:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies with the weights, for GGUF inside the file; `SpinfoldError` when it is unusable."""
         what = f"The tokenizer of {self.name} cannot be loaded."
-        with _transformers_errors(what, "Put the original tokenizer files (tokenizer.json and its configs) beside it."):
+        with transformers_errors(what, "Put the original tokenizer files (tokenizer.json and its configs) beside it."):
             safe = {"trust_remote_code": False, "local_files_only": True}
             if self.kind == "gguf":
                 tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, **safe)
@@ -180,7 +200,7 @@ def resolve(source: str | Path) -> Checkpoint:
 def _gguf(path: Path, name: str) -> Checkpoint:
     file = scan(path)
     what = f"The network in {path.name} cannot be built."
-    with _transformers_errors(what):
+    with transformers_errors(what):
         config = gguf_reader.config_of(file)
     return _checked(Checkpoint(name, "gguf", path, config, file))
 
@@ -191,7 +211,7 @@ def _folder(folder: Path, name: str) -> Checkpoint:
     raw = read_json(folder / "config.json")
     _check_config(name, raw)
     weights = scan_folder(folder)
-    with _transformers_errors(f"The config of {name} cannot be used."):
+    with transformers_errors(f"The config of {name} cannot be used."):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     return _checked(Checkpoint(name, "folder", folder, config, weights))
 
@@ -252,7 +272,7 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
     what = f"The config of {checkpoint.name} does not describe its weights."
     fix = "Restore the config.json that belongs to these weights, or download the model again."
     unbuilt = f"The network of {checkpoint.name} cannot be built from its config."
-    with _transformers_errors(unbuilt), torch.device("meta"):
+    with transformers_errors(unbuilt), torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, attn_implementation=_attention(model_class))
     described = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
     for name, shape in described.items():
@@ -341,7 +361,7 @@ def _open(
 
 
 @contextmanager
-def _transformers_errors(what: str, fix: str = "Check that all files come from the same model.") -> Iterator[None]:
+def transformers_errors(what: str, fix: str = "Check that all files come from the same model.") -> Iterator[None]:
     """Report whatever a library makes of a bad checkpoint as `SpinfoldError`, and keep the library silent."""
     logger = logging.getLogger("transformers")
     level, bars = logger.level, hf_logging.is_progress_bar_enabled()

@@ -67,7 +67,9 @@ def round_network(
         for layer, rounded in zip(network.layers, done, strict=False):
             _place(layer, rounded)
             bar.advance()
-        for rounded in _nearest(network, recipe, len(done)) if method == "rtn" else _gptq(network, recipe, ids_NT, len(done)):
+        for rounded in (
+            _nearest(network, recipe, len(done)) if method == "rtn" else _gptq(network, recipe, ids_NT, len(done))
+        ):
             yield rounded
             bar.advance()
 

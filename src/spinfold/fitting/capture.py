@@ -1,0 +1,137 @@
+"""What flows along a network's wires: rows, second moments or channel maxima of calibration tokens, in one pass.
+
+    capture          a seeded subsample of the tokens on each wire                   for layer-wise fits
+    second_moments   H = E[xᵀ x] on each wire                                        for OptRot+
+    channel_maxima   max |x_j| over all tokens                                       for SmoothQuant
+
+The windows pass in batches and nothing is kept but the result, so the memory is the network's, one batch's inside one
+layer, and what is asked for. No gradients.
+
+Shapes: W windows, T tokens (B windows of a batch, flattened), S captured rows, L layers, N width of a wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from spinfold.compute import pick_precision, precision
+from spinfold.networks import Network
+from spinfold.progress import Progress, Quiet
+
+__all__ = ["Captured", "capture", "channel_maxima", "pooled", "second_moments", "watch"]
+
+Captured = dict[tuple[int, str], Tensor]
+"""Rows `(S, N)` by layer and wire."""
+
+_PER_HEAD = ("query", "key", "value")
+_TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 4096}
+
+
+@torch.no_grad()
+def watch(
+    network: Network,
+    ids_WT: Tensor,
+    wires: Sequence[str],
+    see: Callable[[int, str, int, Tensor], None],
+    *,
+    compute: str = "auto",
+    progress: Progress | None = None,
+) -> None:
+    """Run the windows through the network and call `see(layer, wire, start, x)` for each batch on each wire.
+
+    `x` is `(T, N)`, on query, key and value `(T, heads, N)`: what the next linear or the attention reads, ops on the
+    wire included, for the tokens `start` ... `start + T - 1`, counted through all windows.
+    """
+    device, mode = network.device, pick_precision(compute, network.device)
+    start = 0
+
+    def note(layer: int, wire: str, _: nn.Module, __: object, x: Tensor) -> None:
+        see(layer, wire, start, (x.transpose(1, 2) if wire in _PER_HEAD else x).flatten(0, 1))
+
+    handles = [
+        layer.wire(wire).register_forward_hook(partial(note, layer.index, wire))
+        for layer in network.layers
+        for wire in wires
+    ]
+    windows_per_batch = max(1, _TOKENS_PER_BATCH.get(device.type, 4096) // ids_WT.shape[1])
+    try:
+        with (progress or Quiet()).stage("capture activations", total=len(ids_WT)) as bar:
+            for ids_BT in ids_WT.split(windows_per_batch):
+                with precision(mode, device):
+                    network.hidden(ids_BT.to(device))
+                start += ids_BT.numel()
+                bar.advance(len(ids_BT))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def capture(
+    network: Network,
+    ids_WT: Tensor,
+    wires: Sequence[str],
+    tokens: int | None,
+    seed: int,
+    progress: Progress | None = None,
+    *,
+    compute: str = "auto",
+    dtype: torch.dtype = torch.float32,
+) -> Captured:
+    """`tokens` rows per wire (all, if there are fewer or it is None), drawn by `seed`, as `dtype` on the device.
+
+    The same tokens on every wire, in the order of the text. On query, key and value each token gives one row per
+    head, head after head.
+    """
+    total = ids_WT.numel()
+    drawn_S = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:tokens].sort().values
+    pieces: dict[tuple[int, str], list[Tensor]] = {}
+
+    def see(layer: int, wire: str, start: int, x: Tensor) -> None:
+        first, last = torch.searchsorted(drawn_S, torch.tensor([start, start + len(x)])).tolist()
+        kept = x[(drawn_S[first:last] - start).to(x.device)].to(dtype)
+        pieces.setdefault((layer, wire), []).append(kept.flatten(0, -2))
+
+    watch(network, ids_WT, wires, see, compute=compute, progress=progress)
+    return {key: torch.cat(pieces.pop(key)) for key in list(pieces)}
+
+
+def pooled(captured: Captured, *wires: str) -> Tensor:
+    """The rows of these wires of all layers as one matrix `(S, N)`: what one rotation of them all is fitted to."""
+    return torch.cat([rows_SN for (_, wire), rows_SN in captured.items() if wire in wires])
+
+
+def second_moments(
+    network: Network, ids_WT: Tensor, wires: Sequence[str], *, compute: str = "auto", progress: Progress | None = None
+) -> Mapping[str, Tensor]:
+    """H = E[xᵀ x] by wire, `(L, N, N)` in fp32; heads are pooled. Products with IEEE arithmetic."""
+    sums: dict[tuple[int, str], Tensor] = {}
+    count: dict[str, int] = dict.fromkeys(wires, 0)
+
+    def see(layer: int, wire: str, _: int, x: Tensor) -> None:
+        x_TN = x.flatten(0, -2).float()
+        with precision("fp32", x.device):
+            moment_NN = (x_TN.T @ x_TN).double()
+        sums[layer, wire] = sums[layer, wire] + moment_NN if (layer, wire) in sums else moment_NN
+        count[wire] += len(x_TN) * (layer == 0)
+
+    watch(network, ids_WT, wires, see, compute=compute, progress=progress)
+    layers = range(len(network.layers))
+    return {wire: torch.stack([sums[i, wire] / count[wire] for i in layers]).float() for wire in wires}
+
+
+def channel_maxima(
+    network: Network, ids_WT: Tensor, wires: Sequence[str], *, compute: str = "auto", progress: Progress | None = None
+) -> Mapping[tuple[int, str], Tensor]:
+    """max |x_j| over all tokens, `(N,)` by layer and wire."""
+    maxima: dict[tuple[int, str], Tensor] = {}
+
+    def see(layer: int, wire: str, _: int, x: Tensor) -> None:
+        peak_N = x.flatten(0, -2).abs().amax(0).float()
+        maxima[layer, wire] = torch.maximum(peak_N, maxima.get((layer, wire), peak_N))
+
+    watch(network, ids_WT, wires, see, compute=compute, progress=progress)
+    return maxima

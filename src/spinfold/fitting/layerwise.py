@@ -1,0 +1,258 @@
+"""Fit rotations to rows, without back-propagation through the network.
+
+    minimise  f(R) over the orthogonal group,  f a `Term`: a scalar of R, drawn anew at each step
+
+One rotation `(N, N)`, or a stack `(L, N, N)` of independent ones that are fitted side by side. A step is a draw of
+rows, one product with R, and a move on the group:
+
+    adam       Riemannian Adam                                       maps/manifold.py
+    spectral   Cayley SGD, a rotation by lr radians                  maps/manifold.py
+    capped     Cayley SGD with the published capped step             maps/manifold.py
+    qr         SGD with momentum on Z, R = Q of Z = Q U              DartQuant, arXiv 2511.04063
+
+`alternate_procrustes` needs no gradient at all (DFRot, arXiv 2412.00648).
+
+Shapes: S rows, N size of a rotation, L layers, P rows of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from spinfold.compute import pick_precision, precision
+from spinfold.errors import SpinfoldError
+from spinfold.fitting.capture import Captured, pooled
+from spinfold.fitting.end_to_end import FitLog, Optimizer, Schedule
+from spinfold.maps import CayleySGD, Map, Orthogonal, RiemannianAdam, SiteMaps, project, qr_orthogonal
+from spinfold.progress import Progress, Quiet
+from spinfold.recipe import Fit
+
+__all__ = [
+    "WIRES_OF",
+    "LayerwiseSettings",
+    "RowObjective",
+    "Term",
+    "alternate_procrustes",
+    "choose",
+    "dense",
+    "fit_layerwise",
+    "fit_to_activations",
+    "rows_term",
+    "weighted",
+]
+
+Term = Callable[[Tensor, torch.Generator], Tensor]
+"""`term(R, draws)`: a differentiable scalar of the rotation; all randomness comes from the CPU generator `draws`."""
+
+RowObjective = Callable[[Tensor], Tensor]
+"""`(..., N) -> (...)`, as in `row_objectives.py`."""
+
+WIRES_OF = {"residual": ("qkv_input", "mlp_input"), "value": ("value",)}
+"""The wires that carry what a site's map rotates."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LayerwiseSettings:
+    """How to descend. `learning_rate` is in radians for adam and spectral; `compute` as in `compute.py`."""
+
+    steps: int
+    learning_rate: float
+    optimiser: Literal["adam", "spectral", "capped", "qr"] = "adam"
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    compute: str = "fp32"
+
+    @classmethod
+    def of(cls, fit: Fit, default: LayerwiseSettings, compute: str) -> LayerwiseSettings:
+        """The recipe's wishes, and a method's defaults where it says nothing."""
+        return replace(
+            default,
+            steps=default.steps if fit.steps is None else fit.steps,
+            learning_rate=fit.learning_rate or default.learning_rate,
+            optimiser=fit.step_rule or default.optimiser,
+            schedule=fit.schedule or default.schedule,
+            compute=compute,
+        )
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate's factor at a step."""
+        return Schedule(self.steps, batch=1, decay=self.schedule).rate_at(step)
+
+
+def rows_term(x_SN: Tensor, objective: RowObjective, rows: int) -> Term:
+    """The mean objective of `rows` rows of x R, drawn with replacement from `x_SN`.
+
+    For a stack x `(L, S, N)` with R `(L, N, N)`: the sum over the stack of each one's mean, with the same draw for
+    all, so that no rotation depends on another.
+    """
+
+    def term(R_NN: Tensor, draws: torch.Generator) -> Tensor:
+        index_P = torch.randint(x_SN.shape[-2], (rows,), generator=draws).to(x_SN.device)
+        y_PN = x_SN.index_select(-2, index_P).to(R_NN.dtype) @ R_NN
+        return objective(y_PN).mean(-1).sum()
+
+    return term
+
+
+def weighted(*terms: tuple[float, Term]) -> Term:
+    """Σ weight · term."""
+
+    def total(R_NN: Tensor, draws: torch.Generator) -> Tensor:
+        return torch.stack([weight * term(R_NN, draws) for weight, term in terms]).sum()
+
+    return total
+
+
+def fit_layerwise(
+    start_NN: Tensor,
+    term: Term,
+    settings: LayerwiseSettings,
+    *,
+    seed: int,
+    progress: Progress | None = None,
+    label: str = "fit rotations",
+) -> tuple[Tensor, tuple[float, ...]]:
+    """The rotation(s) that `term` leads to from `start_NN`, orthogonal in fp64, and the objective at every step.
+
+    Repeatable: the same arguments give the same bits on the same device. `start_NN` is not changed.
+    """
+    device, draws = start_NN.device, torch.Generator().manual_seed(seed)
+    mode = pick_precision(settings.compute, device)
+    free_NN = start_NN.detach().float().clone().requires_grad_()  # R itself, or Z with R = Q(Z)
+    rotation = qr_orthogonal if settings.optimiser == "qr" else torch.clone
+    optimizer = _optimizer(free_NN, settings)
+    losses: list[Tensor] = []
+    with (progress or Quiet()).stage(label, total=settings.steps) as bar:
+        for step in range(settings.steps):
+            with precision(mode, device):
+                loss = term(rotation(free_NN), draws)
+                loss.backward()
+            optimizer.step(settings.rate_at(step))
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+            shown = step % 25 == 0  # reading a number waits for the GPU
+            bar.advance(note=f"objective {float(loss):.4g}" if shown else "")
+    return project(rotation(free_NN.detach().double())), tuple(torch.stack(losses).tolist() if losses else ())
+
+
+def _optimizer(free_NN: Tensor, settings: LayerwiseSettings) -> Optimizer:
+    if settings.optimiser == "qr":
+        return _MomentumSGD(free_NN, settings.learning_rate)
+    if settings.optimiser == "adam":
+        return RiemannianAdam([free_NN], settings.learning_rate)
+    return CayleySGD([free_NN], settings.learning_rate, settings.optimiser)
+
+
+class _MomentumSGD:
+    """z ← z - lr v, v ← 0.9 v + gradient, with the optimisers' interface of `maps/manifold.py`."""
+
+    def __init__(self, z_NN: Tensor, lr: float) -> None:
+        self.sgd, self.lr = torch.optim.SGD([z_NN], lr, momentum=0.9), lr
+
+    def step(self, lr_scale: float) -> None:
+        self.sgd.param_groups[0]["lr"] = self.lr * lr_scale
+        self.sgd.step()
+
+    def zero_grad(self) -> None:
+        self.sgd.zero_grad()
+
+
+def fit_to_activations(
+    start: SiteMaps,
+    captured: Captured,
+    objectives: Mapping[str, RowObjective],
+    settings: Mapping[str, LayerwiseSettings],
+    rows: int,
+    *,
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[SiteMaps, FitLog]:
+    """`start` with its residual and value maps fitted to what was captured on their wires (`WIRES_OF`).
+
+    One residual rotation for the pooled rows of all layers; one value rotation per layer, all fitted at once. Each
+    step sees `rows` rows (of each layer, at the value site). The log is the residual fit's where there is one.
+    """
+    log, maps, residual = FitLog(), start, start.residual
+    num_layers = 1 + max((layer for layer, _ in captured), default=-1)
+    if start.value is not None:
+        values_LSH = torch.stack([captured[layer, "value"] for layer in range(num_layers)])
+        R_LHH = torch.stack([dense(one, values_LSH.device) for one in start.value])
+        R_LHH, losses = fit_layerwise(
+            R_LHH,
+            rows_term(values_LSH, objectives["value"], rows),
+            settings["value"],
+            seed=seed,
+            progress=progress,
+            label="fit value rotations",
+        )
+        maps = replace(maps, value=tuple(Orthogonal(R_HH) for R_HH in R_LHH))
+        log = FitLog(losses, settings["value"].steps * rows)
+    if isinstance(residual, Map):
+        x_SD = pooled(captured, *WIRES_OF["residual"])
+        R_DD, losses = fit_layerwise(
+            dense(residual, x_SD.device),
+            rows_term(x_SD, objectives["residual"], rows),
+            settings["residual"],
+            seed=seed,
+            progress=progress,
+            label="fit residual rotation",
+        )
+        maps = replace(maps, residual=Orthogonal(R_DD))
+        log = FitLog(losses, settings["residual"].steps * rows)
+    return maps, log
+
+
+@torch.no_grad()
+def alternate_procrustes(
+    x_SN: Tensor,
+    start_NN: Tensor,
+    quantize: Callable[[Tensor], Tensor],
+    steps: int,
+    *,
+    progress: Progress | None = None,
+    label: str = "fit residual rotation",
+) -> tuple[Tensor, tuple[float, ...]]:
+    """min over R of ‖x R - Q(x R)‖², by turns: B = Q(x R), then the R that brings x nearest to B. Both closed form.
+
+    That R is R U Vᵀ with (x R)ᵀ B = U Σ Vᵀ (Procrustes). Rows count by their squared length, so a row that matters
+    more is a longer one, if Q's grid follows the row. The error may rise between turns, because a dynamic Q is
+    not the nearest point of a fixed set: the best R of all turns is returned, in fp64, with the mean squared error at
+    every turn.
+    """
+    R_NN = best_NN = start_NN.double()
+    errors: list[float] = []
+    with (progress or Quiet()).stage(label, total=steps) as bar:
+        for turn in range(steps + 1):
+            y_SN = x_SN.float() @ R_NN.float()
+            target_SN = quantize(y_SN)
+            errors.append(float((y_SN - target_SN).square().mean()))
+            if errors[-1] == min(errors):
+                best_NN = R_NN
+            if turn < steps:
+                R_NN = project(R_NN @ project((y_SN.mT @ target_SN).double()))
+                bar.advance(note=f"error {errors[-1]:.4g}")
+    return best_NN, tuple(errors)
+
+
+def dense(one: Map, device: torch.device) -> Tensor:
+    """The map's matrix, fp32 on `device`: where a fit starts."""
+    return one.matrix().to(device, torch.float32)
+
+
+def choose(name: str | None, choices: Mapping[str, T], method: str) -> T:
+    """The choice that a recipe's `fit.objective` names; the first one if it names none."""
+    if name is None:
+        return next(iter(choices.values()))
+    if name not in choices:
+        raise SpinfoldError(
+            f"The method {method!r} has no objective {name!r}.",
+            f"It has: {', '.join(choices)}." if choices else "It has one objective only.",
+            "Change fit.objective in the recipe, or leave it out.",
+        )
+    return choices[name]

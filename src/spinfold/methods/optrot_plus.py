@@ -1,0 +1,109 @@
+"""OptRot+ (Gadhikar, Grazzi & Hensman, arXiv 2512.24124): OptRot weighted by what GPTQ can't repair.
+
+GPTQ's error is at most Σ_i D_i s_i² / 4 per row, with s_i the grid step at channel i and D from
+H = E[xᵀx] = (I + U) D (I + U)ᵀ (`feedback`). A rotation R of the input acts on both factors, the steps through the
+largest weights and D through Rᵀ H R. With ‖·‖₄ for the largest weight:
+
+    literal      Σ_W  rows(W) ‖W̃‖₄² tr(D)                     one step for the matrix, as in the error bound
+    normalised   Σ_W  Σ_rows Σ_g ‖w̃_g‖₄² Σ_{i in g} D_i        one step for each quantization unit g, as in fact
+
+The paper's own formula was not available: both are our reading of its bound. q, k, v, gate and up feel the residual
+rotation through D, o feels the value rotation, down neither, since its input has the fixed basis of the down site.
+
+Shapes: L layers, O out features, I in features, G groups of g neighbours, H head_dim, N query heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from spinfold.compute import precision
+from spinfold.fitting.capture import second_moments
+from spinfold.fitting.end_to_end import FitLog
+from spinfold.fitting.layerwise import choose
+from spinfold.fitting.row_objectives import feedback
+from spinfold.maps import BlockDiagonal, Map, SiteMaps
+from spinfold.methods.base import FitTask, Method
+from spinfold.methods.optrot import Cost, fit_to_weights
+from spinfold.recipe import Recipe
+
+__all__ = ["OPTROT_PLUS", "error_bound"]
+
+
+def error_bound(w_LOI: Tensor, variance_LI: Tensor, group_size: int | None, *, per_unit: bool) -> Tensor:
+    """The smooth error bound of rotated weights `(L, O, I)` with feedback `(L, I)`, a scalar (see the module)."""
+    square_LOI = w_LOI.float().square()
+    if not per_unit:
+        norm_L = square_LOI.square().sum((-2, -1)).sqrt()
+        return (w_LOI.shape[-2] * norm_L * variance_LI.sum(-1)).sum()
+    square_LOGg = square_LOI.unflatten(-1, (-1, group_size or w_LOI.shape[-1]))
+    norm_LOG = square_LOGg.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+    variance_LG = variance_LI.unflatten(-1, (-1, square_LOGg.shape[-1])).sum(-1)
+    return (norm_LOG * variance_LG[:, None]).sum()
+
+
+def _cost(moments: Mapping[str, Tensor], known: Mapping[str, Tensor], recipe: Recipe) -> Cost:
+    """Feedback from `known` `(L, I)` by wire, or else from the wire's second moment `(L, I, I)`, turned by R."""
+    per_unit = choose(recipe.fit.objective, {"normalised": True, "literal": False}, "optrot-plus")
+
+    def cost(wire: str, layers: Sequence[int], weights: Sequence[Tensor], R: Tensor) -> Tensor:
+        index = torch.tensor(list(layers), device=R.device)
+        if wire in known:
+            variance_LI = known[wire][index]
+        else:
+            with precision("fp32", R.device):  # coarser products lose the small eigenvalues that the factor is about
+                variance_LI = feedback(_turned(moments[wire][index], R), recipe.rounding.damp)
+        return torch.stack([error_bound(w, variance_LI, recipe.group_size, per_unit=per_unit) for w in weights]).sum()
+
+    return cost
+
+
+def _turned(moment_LII: Tensor, R: Tensor) -> Tensor:
+    """Mᵀ H M, with M = R `(I, I)`, or I ⊗ R_l for a stack of head rotations `(L, H, H)`."""
+    if R.ndim == 2:
+        return R.mT @ moment_LII @ R
+    head_dim = R.shape[-1]
+    moment_LNHNH = moment_LII.unflatten(2, (-1, head_dim)).unflatten(1, (-1, head_dim))
+    return torch.einsum("lahbk,lhx,lky->laxby", moment_LNHNH, R, R).flatten(3, 4).flatten(1, 2)
+
+
+def _in_basis(moment_LII: Tensor, maps: Sequence[Map | None]) -> Tensor:
+    """Mᵀ H M of each layer, in fp32."""
+    pairs = zip(moment_LII.double(), maps, strict=True)
+    return torch.stack([one.apply(one.apply(h_II).mT) if one else h_II for h_II, one in pairs]).float()
+
+
+def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
+    recipe, layers = task.recipe, task.network.layers
+    ids_WT = task.windows(recipe.fit.seq_len or recipe.calibration.seq_len, recipe.calibration.samples)
+    wires = ("qkv_input", "attention_out", "mlp_input", "down")
+    moments = second_moments(task.network, ids_WT, wires, compute=recipe.compute, progress=task.progress)
+
+    def known(maps: SiteMaps, *wanted: str) -> dict[str, Tensor]:
+        here = maps.to(task.network.device)
+        basis: dict[str, list[Map | None]] = {
+            "qkv_input": [here.residual_at(2 * x.index) for x in layers],
+            "mlp_input": [here.residual_at(2 * x.index + 1) for x in layers],
+            "attention_out": [(one := here.at("value", x.index)) and BlockDiagonal(one, x.num_heads) for x in layers],
+            "down": [here.at("down", x.index) for x in layers],
+        }
+        return {wire: feedback(_in_basis(moments[wire], basis[wire]), recipe.rounding.damp) for wire in wanted}
+
+    return fit_to_weights(
+        task,
+        lambda maps: _cost(moments, known(maps, "attention_out", "down"), recipe),
+        lambda maps: _cost(moments, known(maps, "qkv_input"), recipe),
+    )
+
+
+OPTROT_PLUS = Method(
+    name="optrot-plus",
+    summary="OptRot weighted by the error that GPTQ can't repair",
+    paper="arXiv 2512.24124",
+    sites=("residual", "value", "query_key", "down"),
+    fit=_fit,
+    needs_data=True,
+)
