@@ -151,16 +151,19 @@ def _save_config(folder: Path, network: Network, dtype: torch.dtype) -> None:
 def run_config(path: Path) -> PreTrainedConfig:
     """The config of a finished run's model."""
     if not RunFolder(path).finished:
-        raise SpinfoldError(
-            f"{path} holds no finished run.", "It was stopped before its end.", "Finish it with --resume."
-        )
+        why = "It was stopped before its end."
+        raise SpinfoldError(f"{path} holds no finished run.", why, "Finish it with --resume.")
     with transformers_errors(f"The config of the run {path} can't be used.", "Make the run again."):
         return AutoConfig.from_pretrained(path / "model", **_LOCAL)
 
 
 def load_run(path: Path, device: torch.device) -> Network:
-    """The quantized network of a finished run: dequantized weights, online maps and quantizers in place."""
-    config, recipe, folder = run_config(path), Recipe.load(path / "recipe.yaml"), path / "model"
+    """The quantized network of a finished run: dequantized weights, online maps and quantizers in place.
+
+    The recipe is the one in run.json: recipe.yaml is the user's copy.
+    """
+    config, folder = run_config(path), path / "model"
+    recipe = Recipe.parse(read_json(path / "run.json").get("recipe"), f"recipe in {path / 'run.json'}")
     tensors, _ = load_tensors(folder / "model.safetensors")
     with transformers_errors(f"The model of the run {path} can't be built.", "Make the run again."):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

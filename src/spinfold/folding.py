@@ -25,8 +25,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from spinfold.maps import BlockDiagonal, Diagonal, Identity, Map, SiteMaps
-from spinfold.networks import SKIP_WIRES, Layer, Network
+from spinfold.maps import Diagonal, Identity, Map, SiteMaps
+from spinfold.networks import SKIP_WIRES, Network
 from spinfold.runtime import OnlineMap, maps_around
 
 __all__ = ["fold", "fold_norms", "place_online"]

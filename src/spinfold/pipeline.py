@@ -61,7 +61,7 @@ from spinfold.methods import METHODS, FitTask
 from spinfold.networks import Network
 from spinfold.networks.sources import Checkpoint, resolve
 from spinfold.progress import Progress, Quiet
-from spinfold.recipe import Recipe
+from spinfold.recipe import Calibration, Recipe
 from spinfold.report import write_report
 from spinfold.rounding import RoundedLinear, round_network
 from spinfold.run import RunFolder, load_tensors, read_json, save_tensors, whole_folder, write_json, write_whole
@@ -164,8 +164,7 @@ def prepare(
     with progress.stage("read text"):
         tokens_T = _tokens(calibration.source, network, max_tokens)
         if held_out is None:
-            cut = max(0, len(tokens_T) - max(calibration.seq_len, int(_HELD_OUT * len(tokens_T))))
-            tokens_T, held_T = tokens_T[:cut], tokens_T[cut:]
+            tokens_T, held_T = _split(tokens_T, calibration)
         else:
             held_T = _tokens(held_out, network)
         windows(tokens_T, calibration.seq_len, calibration.samples)  # too little text is an error now, not after a fit
@@ -178,6 +177,18 @@ def prepare(
     )
     assert reference is not None
     return Subject(network, checkpoint, tokens_T, held_NT, fingerprint, quality, reference)
+
+
+def _split(tokens_T: Tensor, calibration: Calibration) -> tuple[Tensor, Tensor]:
+    """A text's beginning, for calibration, and its end, for the figures; `SpinfoldError` if it can't serve both."""
+    held = max(calibration.seq_len, int(_HELD_OUT * len(tokens_T)))
+    if len(tokens_T) < calibration.samples * calibration.seq_len + held:
+        raise SpinfoldError(
+            f"The text is too short for {calibration.samples} windows of {calibration.seq_len} tokens.",
+            f"It has {len(tokens_T):,} tokens, and the last {held:,} must be kept for the figures.",
+            "Pass a longer text, or ask for fewer --samples or a shorter --seq-len.",
+        )
+    return tokens_T[:-held], tokens_T[-held:]
 
 
 @dataclass(frozen=True)
@@ -453,11 +464,10 @@ def rotate(
     place = pick_device(device)
     plan.check_output(output)
     checkpoint = resolve(model)
-    recipe = recipe.with_(calibration__seq_len=min(recipe.calibration.seq_len, _positions(checkpoint)))
+    seq_len = min(recipe.calibration.seq_len, _positions(checkpoint))
+    recipe = recipe.with_(calibration__seq_len=seq_len, calibration__samples=1)  # nothing is rounded by its Hessian
     plan.plan_run(checkpoint.config, recipe)
-    few = None
-    if not METHODS[method].needs_data:
-        recipe, few = recipe.with_(calibration__samples=1), 5 * _CAST_TOKENS
+    few = None if METHODS[method].needs_data else 5 * _CAST_TOKENS
     subject = prepare(checkpoint, recipe, place, progress, held_out_tokens=_CAST_TOKENS, max_tokens=few)
     network = rotate_network(subject, recipe, progress).network
     if kinds[dtype] != torch.float32:

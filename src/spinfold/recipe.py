@@ -225,9 +225,13 @@ class Recipe(_Section):
         try:
             data = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise SpinfoldError(f"Recipe {source} is not YAML.", " ".join(str(error).split()), "Mend the file.") from None
+            raise SpinfoldError(
+                f"Recipe {source} is not YAML.", " ".join(str(error).split()), "Mend the file."
+            ) from None
         if not isinstance(data, dict):
-            raise SpinfoldError(f"Recipe {source} is not a mapping.", "It holds no `key: value` lines.", "Mend the file.")
+            raise SpinfoldError(
+                f"Recipe {source} is not a mapping.", "It holds no `key: value` lines.", "Mend the file."
+            )
         version = data.get("schema_version", SCHEMA_VERSION)
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise SpinfoldError(

@@ -143,6 +143,20 @@ def broken_gguf(model: Path, text: Path) -> list[object]:
     return [file]
 
 
+def truncated_gguf(model: Path, text: Path) -> list[object]:
+    file = zoo.write_gguf(zoo.FAMILIES["llama"](), model.with_suffix(".gguf"), "llama")
+    os.truncate(file, file.stat().st_size // 2)
+    return [file]
+
+
+def corrupt_gguf(model: Path, text: Path) -> list[object]:
+    file = zoo.write_gguf(zoo.FAMILIES["llama"](), model.with_suffix(".gguf"), "llama")
+    data = bytearray(file.read_bytes())
+    data[16:400:3] = b"\xff" * len(data[16:400:3])
+    file.write_bytes(data)
+    return [file]
+
+
 def bits(model: Path, text: Path) -> list[object]:
     return [model, "--bits", "W9Z4"]
 
@@ -210,6 +224,8 @@ BAD = {
     not_finite: (),
     pickled: ("pytorch_model.bin",),
     broken_gguf: ("model.gguf",),
+    truncated_gguf: ("model.gguf",),
+    corrupt_gguf: ("model.gguf",),
     bits: ("W9Z4", "W4A4KV4"),
     no_length: ("seq_len",),
     beyond_the_model: ("257", "256"),

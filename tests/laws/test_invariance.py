@@ -99,9 +99,11 @@ def test_invertible_maps_that_are_not_orthogonal(family: str) -> None:
     network = tiny(family, seed=3, dtype=torch.float64)
     original = take_fingerprint(network, zoo.random_tokens(3, 2, 16))
     first, layers = network.layers[0], range(len(network.layers))
-    scale = lambda n, seed: Diagonal(
-        torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5
-    )  # noqa: E731
+
+    def scale(size: int, seed: int) -> Diagonal:
+        generator = torch.Generator().manual_seed(seed)
+        return Diagonal(torch.rand(size, generator=generator, dtype=torch.float64) + 0.5)
+
     width = first.linears["down"].weight_OI.shape[1]
     maps = SiteMaps(
         value=tuple(Chain(scale(first.head_dim, i), random_orthogonal(first.head_dim, i)) for i in layers),

@@ -67,7 +67,9 @@ def test_fake_quantization(symmetric, num_bits, shape, group_size, dtype, clip):
 
 
 @direct
-@pytest.mark.parametrize("fmt", [IntFormat(b, s, g, c) for b in (2, 4) for s in (True, False) for g, c in ((None, 1.0), (8, 0.7))], ids=str)
+@pytest.mark.parametrize(
+    "fmt", [IntFormat(b, s, g, c) for b in (2, 4) for s in (True, False) for g, c in ((None, 1.0), (8, 0.7))], ids=str
+)
 def test_the_gradient_of_fake_quantization(fmt):
     from spinfold.kernels.fake_quant import fake_quant_gradient
 

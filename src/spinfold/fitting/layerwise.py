@@ -137,7 +137,7 @@ def fit_layerwise(
             optimizer.zero_grad()
             losses.append(loss.detach())
             shown = step % 25 == 0  # reading a number waits for the GPU
-            bar.advance(note=f"objective {float(loss):.4g}" if shown else "")
+            bar.advance(note=f"objective {float(losses[-1]):.4g}" if shown else "")
     return project(rotation(free_NN.detach().double())), tuple(torch.stack(losses).tolist() if losses else ())
 
 

@@ -85,6 +85,8 @@ class IntFormat:
 
 def extent(x: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest number along the last axis (kept as size 1), widened to contain zero."""
+    if x.requires_grad:  # aminmax has no derivative before torch 2.12
+        return x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     low, high = torch.aminmax(x, dim=-1, keepdim=True)
     return low.clamp(max=0), high.clamp(min=0)
 

@@ -100,8 +100,12 @@ def _gradient(
         by_high_R, by_low_R = by_scale_R, above_R + below_R - by_scale_R
     is_max_RW = (x_RW == max_R[:, None]) & (max_R > 0.0)[:, None] & mask_RW
     is_min_RW = (x_RW == min_R[:, None]) & (min_R < 0.0)[:, None] & mask_RW
-    d_RW += tl.where(is_max_RW, (clip * by_high_R / tl.maximum(tl.sum(is_max_RW.to(tl.float32), axis=1), 1.0))[:, None], 0.0)
-    d_RW += tl.where(is_min_RW, (clip * by_low_R / tl.maximum(tl.sum(is_min_RW.to(tl.float32), axis=1), 1.0))[:, None], 0.0)
+    d_RW += tl.where(
+        is_max_RW, (clip * by_high_R / tl.maximum(tl.sum(is_max_RW.to(tl.float32), axis=1), 1.0))[:, None], 0.0
+    )
+    d_RW += tl.where(
+        is_min_RW, (clip * by_low_R / tl.maximum(tl.sum(is_min_RW.to(tl.float32), axis=1), 1.0))[:, None], 0.0
+    )
     tl.store(d_ptr + offset_RW, d_RW.to(d_ptr.dtype.element_ty), mask=mask_RW)
 
 

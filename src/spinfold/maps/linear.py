@@ -67,8 +67,8 @@ class Identity(Map):
 class Orthogonal(Map):
     """M = R with RᵀR = I. `R_NN` is `(N, N)`, or `(B, N, N)` for one rotation on each of B consecutive blocks.
 
-    The tensor is never copied: an optimiser that holds it moves the map. The product follows autocast, as any linear
-    layer does; outside of it, it is computed in fp32 at least.
+    The tensor is never copied: an optimiser that holds it moves the map. Under autocast the product is computed and
+    returned in autocast's dtype, as a linear layer's is; else in fp32 at least, and returned in x's.
     """
 
     def __init__(self, R_NN: Tensor) -> None:
@@ -82,9 +82,11 @@ class Orthogonal(Map):
         R_NN = self.R_NN.to(dtype).contiguous()  # one layout, so that a map read back from a file gives the same bits
         x_TN = check_width(x, self.size).to(dtype)
         if R_NN.ndim == 2:
-            return (x_TN @ R_NN).to(x.dtype)
-        x_TBN = x_TN.reshape(*x.shape[:-1], R_NN.shape[0], R_NN.shape[-1])
-        return torch.einsum("...bn,bnm->...bm", x_TBN, R_NN).flatten(-2).to(x.dtype)
+            y_TN = x_TN @ R_NN
+        else:
+            x_TBN = x_TN.reshape(*x.shape[:-1], R_NN.shape[0], R_NN.shape[-1])
+            y_TN = torch.einsum("...bn,bnm->...bm", x_TBN, R_NN).flatten(-2)
+        return y_TN if torch.is_autocast_enabled(x.device.type) else y_TN.to(x.dtype)
 
     def inverse(self) -> Orthogonal:
         return Orthogonal(self.R_NN.mT)

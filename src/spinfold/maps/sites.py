@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -121,11 +121,16 @@ class SiteMaps:
         """The same maps with their tensors elsewhere."""
         return self.each_replaced(lambda one: one.to(device=device, dtype=dtype))
 
-    def each_replaced(self, change: Callable[[Map], Map]) -> SiteMaps:
-        """A copy with `change` applied to every map."""
+    def each_replaced(self, change: Callable[[Map], Map], sites: Collection[str] | None = None) -> SiteMaps:
+        """A copy with `change` applied to every map, or to those at `sites`. One map at two places stays one."""
         changed: dict[str, Any] = {}
+        once: dict[int, Map] = {}
         for field in fields(self):
             here = getattr(self, field.name)
-            if here is not None:
-                changed[field.name] = tuple(change(one) for one in here) if isinstance(here, tuple) else change(here)
+            if here is None or (sites is not None and field.name not in sites):
+                changed[field.name] = here
+                continue
+            for one in here if isinstance(here, tuple) else (here,):
+                once.setdefault(id(one), change(one))
+            changed[field.name] = tuple(once[id(one)] for one in here) if isinstance(here, tuple) else once[id(here)]
         return SiteMaps(**changed)

@@ -1,4 +1,4 @@
-"""One file per published method, and the registry of all."""
+"""One file per method, and the registry of all."""
 
 from spinfold.methods.base import FitTask, Method
 from spinfold.methods.dartquant import DARTQUANT
@@ -10,6 +10,7 @@ from spinfold.methods.optrot_plus import OPTROT_PLUS
 from spinfold.methods.quarot import QUAROT
 from spinfold.methods.respinquant import RESPINQUANT
 from spinfold.methods.smoothquant import SMOOTHQUANT
+from spinfold.methods.spinfold import SPINFOLD
 from spinfold.methods.spinquant import SPINQUANT
 
 __all__ = ["METHODS", "FitTask", "Method"]
@@ -25,5 +26,6 @@ _ALL = (
     KURTAIL,
     DARTQUANT,
     DFROT,
+    SPINFOLD,
 )
 METHODS = {method.name: method for method in _ALL}

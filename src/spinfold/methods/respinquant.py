@@ -34,7 +34,7 @@ from spinfold.fitting.end_to_end import FitLog
 from spinfold.maps import Identity, Map, Orthogonal, SiteMaps, chain_of_bases, low_rank_rotation
 from spinfold.methods.base import FitTask, Method
 from spinfold.methods.quarot import hadamard_maps
-from spinfold.methods.spinquant import fit_on_loss, orthonormal
+from spinfold.methods.spinquant import fit_on_loss, settled
 
 __all__ = ["RESPINQUANT", "joined", "learnable_boundaries"]
 
@@ -87,7 +87,7 @@ def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
     log = fit_on_loss(task, maps, learned)
     with task.progress.stage("join bases"):
         rank = _RANK if fit.rank is None else fit.rank
-        return joined(orthonormal(maps), rank, fit.chain or "exact"), log
+        return joined(settled(maps, start), rank, fit.chain or "exact"), log
 
 
 RESPINQUANT = Method(

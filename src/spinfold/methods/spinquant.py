@@ -18,6 +18,7 @@ Three differences from the published code, on purpose; the recipe `spinquant` ha
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,56 +26,93 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from spinfold.compute import pick_precision
+from spinfold.compute import pick_precision, precision
 from spinfold.fitting.end_to_end import FitLog, Schedule, fit_end_to_end
-from spinfold.fitting.objectives import next_token_loss
+from spinfold.fitting.objectives import distillation_loss, next_token_loss
 from spinfold.formats import IntFormat
 from spinfold.maps import CayleySGD, Map, Orthogonal, SiteMaps, project
 from spinfold.methods.base import FitTask, Method
 from spinfold.methods.quarot import hadamard_maps
+from spinfold.networks import Network
 from spinfold.recipe import Recipe
 from spinfold.runtime import quantize_wires, round_weights_through
 
-__all__ = ["SPINQUANT", "fit_on_loss", "fit_precision", "learnable", "orthonormal"]
+__all__ = ["SPINQUANT", "fit_on_loss", "learnable", "settled"]
+
+_DENSE_SIZE = 4096
+_TOKENS_PER_BATCH = 16384
 
 
-def learnable(maps: SiteMaps, device: torch.device) -> tuple[SiteMaps, list[Tensor]]:
-    """The maps on `device`, those at residual and value as dense matrices that take gradients; and these."""
+def learnable(
+    maps: SiteMaps, device: torch.device, sites: Sequence[str] = ("residual", "value")
+) -> tuple[SiteMaps, list[Tensor]]:
+    """The maps on `device`, those at `sites` as dense matrices that take gradients; and these matrices."""
     learned: list[Tensor] = []
 
-    def dense(map: Map) -> Orthogonal:
-        learned.append(map.matrix().float().to(device).requires_grad_())
+    def leaf(one: Map) -> Orthogonal:
+        learned.append(one.matrix().float().to(device).requires_grad_())
         return Orthogonal(learned[-1])
 
+    def fixed(one: Map) -> Map:
+        # On a GPU one dense bf16 product is cheaper than a fast transform's several passes over memory.
+        dense = device.type == "cuda" and one.orthogonal and one.size <= _DENSE_SIZE
+        return Orthogonal(one.matrix().float()) if dense else one
+
     here = maps.to(device)
-    residual = dense(here.residual) if isinstance(here.residual, Map) else here.residual
-    return replace(here, residual=residual, value=here.value and tuple(dense(one) for one in here.value)), learned
+    others = [site for site in here.sites if site not in sites]
+    return here.each_replaced(leaf, sites).each_replaced(fixed, others), learned
 
 
-def fit_on_loss(task: FitTask, maps: SiteMaps, learned: Sequence[Tensor]) -> FitLog:
-    """Move the matrices `learned`, which `maps` are made of, in place by the recipe's fit."""
+def settled(fitted: SiteMaps, start: SiteMaps, sites: Sequence[str] = ("residual", "value")) -> SiteMaps:
+    """`start` with what was learned at `sites`, brought back to the orthogonal group in fp64."""
+
+    def nearest(one: Map) -> Map:
+        return Orthogonal(project(one.R_NN.detach().double())) if isinstance(one, Orthogonal) else one
+
+    clean = fitted.each_replaced(nearest, sites)
+    return replace(start, **{site: getattr(clean, site) for site in sites})
+
+
+def fit_on_loss(
+    task: FitTask, maps: SiteMaps, learned: Sequence[Tensor], *, distil: bool = False, learning_rate: float = 0.1
+) -> FitLog:
+    """Move the matrices `learned`, which `maps` are made of, in place: the recipe's fit on the next-token loss.
+
+    With `distil` the objective is the KL divergence from the network as it is without quantizers.
+    """
     fit, network = task.recipe.fit, task.network
+    mode, weights = _precision(task), _weight_format(task.recipe)
     schedule = Schedule(
         steps=100 if fit.steps is None else fit.steps,
         batch=fit.batch or 8,
         decay=fit.schedule or "linear",
         checkpointing=fit.checkpointing,
     )
-    optimizer = CayleySGD(learned, fit.learning_rate or 0.1, fit.step_rule or "spectral", fit.clip_grad_norm)
+    optimizer = CayleySGD(learned, fit.learning_rate or learning_rate, fit.step_rule or "spectral", fit.clip_grad_norm)
     ids_NT = task.windows(fit.seq_len or task.recipe.calibration.seq_len, schedule.steps * schedule.batch)
+    data, loss = [ids_NT], partial(next_token_loss, network)
+    if distil:
+        data.append(_hidden(network, ids_NT, mode))
+        loss = partial(distillation_loss, network, copy.deepcopy(network.head))
     take_off = [quantize_wires(network, task.recipe, maps, scale_gradient=fit.scale_gradient is not False)]
-    weights = weight_format_of(task.recipe)
     if weights is not None:
         take_off.append(round_weights_through(network, weights, maps))
     try:
-        loss = partial(next_token_loss, network)
-        return fit_end_to_end(network, loss, [ids_NT], [optimizer], schedule, fit_precision(task), task.progress)
+        return fit_end_to_end(network, loss, data, [optimizer], schedule, mode, task.progress)
     finally:
         for undo in take_off:
             undo()
 
 
-def weight_format_of(recipe: Recipe) -> IntFormat | None:
+@torch.no_grad()
+def _hidden(network: Network, ids_NT: Tensor, mode: str) -> Tensor:
+    """What the head reads, `(N, T, D)` in bf16: half the memory, and far more exact than what is compared with it."""
+    batch = max(1, _TOKENS_PER_BATCH // ids_NT.shape[1])
+    with precision(mode, network.device):
+        return torch.cat([network.hidden(ids_BT.to(network.device)).bfloat16() for ids_BT in ids_NT.split(batch)])
+
+
+def _weight_format(recipe: Recipe) -> IntFormat | None:
     """How weights are rounded during a fit: as `fit.weight_bits` says, else only where nothing else is quantized."""
     bits = recipe.fit.weight_bits
     if bits is None:
@@ -82,21 +120,17 @@ def weight_format_of(recipe: Recipe) -> IntFormat | None:
     return None if bits == 16 else IntFormat(bits, recipe.weights.symmetric, recipe.group_size)
 
 
-def fit_precision(task: FitTask) -> str:
+def _precision(task: FitTask) -> str:
     """bf16 products unless the recipe names a precision: in a fit, rounding noise of 2^-9 is far below the gradient's."""
     mode = pick_precision(task.recipe.compute, task.network.device)
     return "bf16" if mode == "tf32" and task.recipe.compute == "auto" else mode
 
 
-def orthonormal(maps: SiteMaps) -> SiteMaps:
-    """Every learned matrix replaced by the nearest orthogonal one, in fp64."""
-    return maps.each_replaced(lambda x: Orthogonal(project(x.R_NN.detach().double())) if isinstance(x, Orthogonal) else x)
-
-
 def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
-    maps, learned = learnable(hadamard_maps(task, random_value=True), task.network.device)
+    start = hadamard_maps(task, random_value=True)
+    maps, learned = learnable(start, task.network.device)
     log = fit_on_loss(task, maps, learned)
-    return orthonormal(maps), log
+    return settled(maps, start), log
 
 
 SPINQUANT = Method(

@@ -194,7 +194,9 @@ class Layer:
 class Network:
     """A causal LM whose every parameter is accounted for. Raises `SpinfoldError` for one that is not understood."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str = "") -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str = ""
+    ) -> None:
         self.family = family_of(model.config.model_type)
         self.model, self.tokenizer, self.name = model, tokenizer, name or self.family.name
         self._check_coverage()

@@ -54,7 +54,7 @@ class Quantize(nn.Module):
         if self.map is None:
             return fake_quantize(x, self.format, scale_gradient=self.scale_gradient)
         y = fake_quantize(self.map.apply(x), self.format, scale_gradient=self.scale_gradient)
-        return self.map.inverse().apply(y).to(x.dtype)
+        return self.map.inverse().apply(y)
 
 
 def quantize_wires(
