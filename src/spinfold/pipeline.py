@@ -244,12 +244,14 @@ def quantize(
     device: str = "auto",
     resume: bool = False,
     evaluate_on: str | None = None,
+    baselines: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Run:
     """Rotate, prove, round and measure a model, and leave a run folder.
 
     `model` is a Hugging Face folder or hub id, a GGUF file, or `smollm2`; `evaluate_on` names the text of the
-    figures (else the held-out fifth of the calibration text). Raises `SpinfoldError` for what can't be done, before
+    figures (else the held-out fifth of the calibration text); `baselines` names methods that are measured beside the
+    recipe's, with its other settings, and leave no more than their row in the table of figures. Raises `SpinfoldError` for what can't be done, before
     weights are loaded where that can be known, and `CheckFailed` if a proof does not hold.
     """
     recipe, progress, output = recipe or Recipe(), progress or Quiet(), Path(output)
@@ -268,36 +270,67 @@ def quantize(
         "version of spinfold": __version__,
     }
     with folder.writing(key, resume=resume):
-        subject = prepare(checkpoint, recipe, place, progress, held_out=evaluate_on)
+        subject = prepare(checkpoint, recipe, place, progress, held_out=evaluate_on, max_tokens=_tokens_needed(recipe))
+        rows = [row("original", subject.quality)]
+        for name in baselines:
+            rows.append(_baseline(subject, recipe.with_(method=name), progress))
+        start = time.perf_counter()
         before = measure_outliers(subject.network, subject.held_out_NT[:4])
         rotated = _kept_rotation(folder, subject, recipe, progress)
         after = measure_outliers(rotated.network, subject.held_out_NT[:4], at=before.places)
         rounded = _kept_rounding(folder, subject, rotated.network, recipe, progress)
-        quantize_wires(rotated.network, recipe)
-        quality, _ = measure_quality(
-            rotated.network,
-            subject.held_out_NT,
-            reference=subject.reference,
-            compute=recipe.compute,
-            progress=progress,
-            label="evaluate quantized",
-        )
+        seconds = time.perf_counter() - start
+        rows.append(_measure(subject, rotated.network, recipe, progress, seconds))
         with progress.stage("write checkpoint"):
             write_whole(output / "recipe.yaml", lambda path: path.write_text(recipe.to_yaml(), "utf-8"))
             save_maps(output, rotated.maps)
             save_model(output / "model", rotated.network, rounded)
             before.save(output / "outliers-before.npz")
             after.save(output / "outliers-after.npz")
-        rows = [row("original", subject.quality), row(recipe.method, quality)]
         data = describe(subject, recipe, rotated, rounded, rows, place, progress, evaluate_on)
         write_json(output / "run.json", data)
         write_report(output)
     return Run(output, data)
 
 
-def row(name: str, quality: Quality) -> dict[str, Any]:
-    """One line of a table of figures."""
-    return {"name": name} | asdict(quality)
+def row(name: str, quality: Quality, seconds: float | None = None) -> dict[str, Any]:
+    """One line of a table of figures; `seconds` are those of fitting and rounding."""
+    return {"name": name} | asdict(quality) | {"seconds": seconds}
+
+
+def _baseline(subject: Subject, recipe: Recipe, progress: Progress) -> dict[str, Any]:
+    """Another method's row."""
+    start = time.perf_counter()
+    network = rotate_network(subject, recipe, progress).network
+    if recipe.weight_format is not None:
+        ids_NT = subject.windows(recipe.calibration.seq_len, recipe.calibration.samples, recipe.seed)
+        for _ in round_network(network, recipe, ids_NT, progress=progress):
+            pass
+    return _measure(subject, network, recipe, progress, time.perf_counter() - start)
+
+
+def _measure(
+    subject: Subject, network: Network, recipe: Recipe, progress: Progress, seconds: float
+) -> dict[str, Any]:
+    """The row of a rounded network, whose activations and cache are quantized from now on."""
+    quantize_wires(network, recipe)
+    quality, _ = measure_quality(
+        network,
+        subject.held_out_NT,
+        reference=subject.reference,
+        compute=recipe.compute,
+        progress=progress,
+        label=f"evaluate {recipe.method}",
+    )
+    return row(recipe.method, quality, seconds)
+
+
+def _tokens_needed(recipe: Recipe) -> int:
+    """How much of the calibration text is worth tokenizing: what fits, Hessians and figures can use."""
+    fit = recipe.fit
+    fitted = (100 if fit.steps is None else fit.steps) * (fit.batch or 8) * (fit.seq_len or recipe.calibration.seq_len)
+    calibrated = recipe.calibration.samples * recipe.calibration.seq_len
+    return int(max(fitted, calibrated) / (1 - _HELD_OUT)) + max(_EVAL_TOKENS.values())
 
 
 def _kept_rotation(folder: RunFolder, subject: Subject, recipe: Recipe, progress: Progress) -> Rotated:

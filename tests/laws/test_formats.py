@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -237,3 +239,21 @@ def test_scale_gradient_is_the_derivative_with_the_roundings_frozen(fmt, clip):
     x_I.requires_grad_()
     (gradient_I,) = torch.autograd.grad(fake_quantize(x_I, fmt, scale_gradient=True), x_I, towards_I)
     torch.testing.assert_close(gradient_I, torch.stack(slopes), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("fmt", [IntFormat(b, s, g) for b in (2, 3, 4, 8) for s in (True, False) for g in (None, 16)], ids=str)
+def test_the_clip_search_stops_early_only_where_nothing_better_can_come(fmt):
+    """The factor found is that of trying all of them, each by itself."""
+    weights = torch.randn(24, 64, generator=torch.Generator().manual_seed(fmt.bits)) ** 3
+    weights[3] = weights[3].abs()
+    search = ClipSearch()
+    found = fit_grid(weights, fmt, search=search)
+
+    def loss(scale):
+        clipped = fit_grid(weights, replace(fmt, clip=scale))
+        error = (clipped.dequantize(clipped.quantize(weights)) - weights).abs() ** search.exponent
+        return fmt.split(error).sum(-1)
+
+    best = torch.stack([loss(factor) for factor in search.factors()]).amin(0)
+    error = (found.dequantize(found.quantize(weights)) - weights).abs() ** search.exponent
+    torch.testing.assert_close(fmt.split(error).sum(-1), best, rtol=1e-3, atol=1e-6)

@@ -147,15 +147,25 @@ class ClipSearch:
     def best(self, w_Rg: Tensor, low_R1: Tensor, high_R1: Tensor, fmt: IntFormat, scale_dtype: torch.dtype) -> Tensor:
         """The best shrink factor `(R, 1)` of each row of `w_Rg` whose `extent` is given."""
         best_R1, least_R1 = torch.ones_like(low_R1), torch.full_like(low_R1, torch.inf)
-        for factor in self.factors():
+        for step, factor in enumerate(self.factors()):
             scale_R1, zero_R1 = scale_and_zero(low_R1 * factor, high_R1 * factor, fmt, scale_dtype)
             error_Rg = from_integers(nearest_integers(w_Rg, scale_R1, zero_R1, fmt), scale_R1, zero_R1).sub_(w_Rg)
-            # |e|^p as exp(p log|e|), 0 included: three passes, and four times faster than pow on a CPU.
-            loss_R1 = error_Rg.abs_().log_().mul_(self.exponent).exp_().sum(-1, keepdim=True)
+            loss_R1 = self._loss(error_Rg)
             better_R1 = loss_R1 < least_R1
             least_R1 = torch.where(better_R1, loss_R1, least_R1)
             best_R1 = best_R1.masked_fill(better_R1, factor)
+            if step % 8 == 7 and w_Rg.device.type == "cpu":  # elsewhere, asking costs more than going on
+                # What lies a step beyond this grid's ends lies beyond every smaller grid's, and costs no less there.
+                zero = 0 if zero_R1 is None else zero_R1
+                beyond_Rg = (w_Rg - scale_R1 * (fmt.high - zero + 1)).clamp_(min=0)
+                beyond_Rg += (scale_R1 * (fmt.low - zero - 1) - w_Rg).clamp_(min=0)
+                if (self._loss(beyond_Rg) > least_R1).all():
+                    break
         return best_R1
+
+    def _loss(self, error_Rg: Tensor) -> Tensor:
+        """Σ |e|^p as exp(p log|e|), 0 included: three passes, and four times faster than pow on a CPU. Overwrites."""
+        return error_Rg.abs_().log_().mul_(self.exponent).exp_().sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True)

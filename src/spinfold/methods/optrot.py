@@ -9,10 +9,10 @@ objectives, of the rows w̃ of the rotated weights (which are what shares a scal
     normalised   Σ_g ‖w̃_g‖₄⁴ / ‖w̃_g‖₂²      each quantization unit g by its length², as its error counts
 
 The residual rotation is fitted first, with the value maps at their Hadamard start; then all value rotations side by
-side, with the residual rotation in place. A residual step sees `fit.batch` layers, each layer once per round in a
-random order; a value step sees all. Unknown in the paper, and chosen here: the optimiser (Riemannian Adam; "capped" is
-the published Cayley step), the order, embedding and head left out (they stay in floating point), fixed Hadamards at
-query_key and down.
+side, with the residual rotation in place. A residual step sees `fit.batch` whole layers, in a random order and each
+once per round; a value step sees all. Unknown in the paper, and chosen here: the optimiser (Cayley SGD, by an angle;
+"capped" is the published step), the order, embedding and head left out (they stay in floating point), fixed Hadamards
+at query_key and down.
 
 Shapes: L layers, D residual width, O out features, I in features, K kv heads, N query heads, H head_dim.
 """
@@ -34,14 +34,16 @@ from spinfold.maps import Map, Orthogonal, SiteMaps
 from spinfold.methods.base import FitTask, Method
 from spinfold.methods.quarot import hadamard_maps
 from spinfold.networks import Layer, Network
+from spinfold.recipe import Fit
 
 __all__ = ["OPTROT", "Cost", "fit_to_weights", "residual_term", "total_of", "value_term"]
 
 Cost = Callable[[str, Sequence[int], Sequence[Tensor], Tensor], Tensor]
 """`cost(wire, layers, weights, R)`: the cost, a scalar, of rotated weights `(L, O, I)` that read `wire` in `layers`."""
 
-_RESIDUAL = LayerwiseSettings(steps=300, learning_rate=0.05)
-_VALUE = LayerwiseSettings(steps=100, learning_rate=0.05)
+_LAYERS = 3
+_RESIDUAL = LayerwiseSettings(steps=350, learning_rate=0.4, optimiser="spectral")
+_VALUE = LayerwiseSettings(steps=60, learning_rate=0.3, optimiser="spectral")
 
 
 def total_of(objective: RowObjective) -> Cost:
@@ -59,10 +61,10 @@ def residual_term(network: Network, cost: Cost, layers_per_step: int) -> Term:
     Every other map is folded into `network`: what is left is W R for readers of the stream, Rᵀ W for its writers.
     """
     layers, waiting = network.layers, list[int]()
+    drawn = min(layers_per_step, len(layers))
 
     def term(R_DD: Tensor, draws: torch.Generator) -> Tensor:
         total = torch.zeros((), device=R_DD.device)
-        drawn = min(layers_per_step, len(layers))
         for _ in range(drawn):
             if not waiting:
                 waiting.extend(torch.randperm(len(layers), generator=draws).tolist())
@@ -94,20 +96,24 @@ def value_term(network: Network, cost: Cost) -> Term:
 
 
 def fit_to_weights(
-    task: FitTask, residual_cost: Callable[[SiteMaps], Cost], value_cost: Callable[[SiteMaps], Cost]
+    task: FitTask,
+    residual_cost: Callable[[SiteMaps], Cost],
+    value_cost: Callable[[SiteMaps], Cost],
+    fit: Fit | None = None,
 ) -> tuple[SiteMaps, FitLog]:
     """Residual, then value rotations that lower the cost of the rotated weights, from random Hadamards.
 
-    A cost is asked for once the maps of the other sites are known. The log is the residual fit's, if there is one.
+    A cost is asked for once the maps of the other sites are known. `fit` stands in for the recipe's, where that means
+    another fit. The log is the residual fit's, if there is one.
     """
-    recipe, device = task.recipe, task.network.device
+    recipe, device, fit = task.recipe, task.network.device, fit or task.recipe.fit
     maps, log = hadamard_maps(task, random_value=True), FitLog()
-    settings = partial(LayerwiseSettings.of, recipe.fit, compute=recipe.compute)
+    settings = partial(LayerwiseSettings.of, fit, compute=recipe.compute)
     if isinstance(maps.residual, Map):
         others = _folded(task.network, replace(maps, residual=None, query_key=None))
         R_DD, losses = fit_layerwise(
             dense(maps.residual, device),
-            residual_term(others, residual_cost(maps), recipe.fit.batch or 1),
+            residual_term(others, residual_cost(maps), fit.batch or _LAYERS),
             settings(_RESIDUAL),
             seed=recipe.seed,
             progress=task.progress,

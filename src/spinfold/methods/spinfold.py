@@ -82,13 +82,15 @@ def _fit_to_wires(task: FitTask, start: SiteMaps) -> tuple[SiteMaps, FitLog]:
         if recipe.fit.rank:
             x_BSD = torch.stack([captured[layer, wire] for layer in layers for wire in _NORMS])
             first_BDD = R_DD.float().expand(len(x_BSD), -1, -1)
-            R_BDD, losses = _rotate(task, first_BDD, x_BSD, quantizer, _LOCAL, "fit bases per boundary", rows_per_step=2048)
+            R_BDD, losses = _rotate(
+                task, first_BDD, x_BSD, quantizer, _LOCAL, "fit bases per boundary", rows_per_step=2048
+            )
             bases = tuple(Orthogonal(R_DD) for R_DD in R_BDD)
             log, maps = FitLog(losses, len(ids_NT)), replace(maps, residual=(*bases, bases[-1]))
-    if quantizer := recipe.kv_format or recipe.activation_format:
+    if head_quantizer := recipe.kv_format or recipe.activation_format:
         for site, wire in (("value", "value"), ("query_key", "key")):
             if (before := getattr(start, site)) is not None:
-                fitted = _rotate_heads(task, before, captured, wire, quantizer)
+                fitted = _rotate_heads(task, before, captured, wire, head_quantizer)
                 maps = replace(maps, **{site: fitted})
     return maps, log
 

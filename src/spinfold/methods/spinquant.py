@@ -56,7 +56,7 @@ def learnable(
     def fixed(one: Map) -> Map:
         # On a GPU one dense bf16 product is cheaper than a fast transform's several passes over memory.
         dense = device.type == "cuda" and one.orthogonal and one.size <= _DENSE_SIZE
-        return Orthogonal(one.matrix().float()) if dense else one
+        return Orthogonal(one.matrix().float().to(device)) if dense else one
 
     here = maps.to(device)
     others = [site for site in here.sites if site not in sites]
@@ -121,7 +121,7 @@ def _weight_format(recipe: Recipe) -> IntFormat | None:
 
 
 def _precision(task: FitTask) -> str:
-    """bf16 products unless the recipe names a precision: in a fit, rounding noise of 2^-9 is far below the gradient's."""
+    """bf16 products unless the recipe names a precision: a fit's gradients are far noisier than 2^-9."""
     mode = pick_precision(task.recipe.compute, task.network.device)
     return "bf16" if mode == "tf32" and task.recipe.compute == "auto" else mode
 
