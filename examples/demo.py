@@ -24,7 +24,7 @@ RECIPE = Recipe().with_(
     bits="W4A4KV4",
     calibration__samples=16,
     calibration__seq_len=512,
-    fit__steps=24,
+    fit__steps=20,
     fit__batch=2,
 )
 
@@ -41,7 +41,9 @@ def main() -> int:
         return error.exit_code
     console.print(Markdown(comparison_table(run.data["metrics"]["rows"])))
     for proof in run.data["proofs"]:
-        console.print(f"{'✓' if proof['ok'] else '✗'} {proof['statement']}: {proof['measured']:.1e} ≤ {proof['tolerance']:.0e}")
+        console.print(
+            f"{'✓' if proof['ok'] else '✗'} {proof['statement']}: {proof['measured']:.1e} ≤ {proof['tolerance']:.0e}"
+        )
     minutes, seconds = divmod(round(time.monotonic() - start), 60)
     console.print(f"\nDone in {minutes} min {seconds:02} s. Open {OUTPUT / 'report.html'} in a browser.")
     return 0

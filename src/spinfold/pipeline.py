@@ -309,9 +309,7 @@ def _baseline(subject: Subject, recipe: Recipe, progress: Progress) -> dict[str,
     return _measure(subject, network, recipe, progress, time.perf_counter() - start)
 
 
-def _measure(
-    subject: Subject, network: Network, recipe: Recipe, progress: Progress, seconds: float
-) -> dict[str, Any]:
+def _measure(subject: Subject, network: Network, recipe: Recipe, progress: Progress, seconds: float) -> dict[str, Any]:
     """The row of a rounded network, whose activations and cache are quantized from now on."""
     quantize_wires(network, recipe)
     quality, _ = measure_quality(

@@ -241,7 +241,9 @@ def test_scale_gradient_is_the_derivative_with_the_roundings_frozen(fmt, clip):
     torch.testing.assert_close(gradient_I, torch.stack(slopes), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("fmt", [IntFormat(b, s, g) for b in (2, 3, 4, 8) for s in (True, False) for g in (None, 16)], ids=str)
+@pytest.mark.parametrize(
+    "fmt", [IntFormat(b, s, g) for b in (2, 3, 4, 8) for s in (True, False) for g in (None, 16)], ids=str
+)
 def test_the_clip_search_stops_early_only_where_nothing_better_can_come(fmt):
     """The factor found is that of trying all of them, each by itself."""
     weights = torch.randn(24, 64, generator=torch.Generator().manual_seed(fmt.bits)) ** 3
