@@ -83,7 +83,7 @@ __all__ = [
 
 _HELD_OUT = 0.2
 """The last fifth of the calibration text is kept for the figures, never for fitting."""
-_EVAL_TOKENS = {"cuda": 1 << 18, "cpu": 1 << 13}
+_EVAL_TOKENS = {"cuda": 1 << 18, "cpu": 6144}
 _PROOF_TOKENS, _CAST_TOKENS = 256, 2048
 
 

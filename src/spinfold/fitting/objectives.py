@@ -39,7 +39,7 @@ def distillation_loss(network: Network, head: nn.Linear, ids_BT: Tensor, origina
 
     def of_chunk(h_PD: Tensor, o_PD: Tensor) -> Tensor:
         with torch.no_grad():
-            logq_PV = network.finish(head(o_PD)).float().log_softmax(-1)
+            logq_PV = network.finish(head(o_PD.to(h_PD.dtype))).float().log_softmax(-1)
         logp_PV = network.logits(h_PD).float().log_softmax(-1)
         return F.kl_div(logp_PV, logq_PV, reduction="sum", log_target=True)
 

@@ -29,8 +29,6 @@ def fake_quantize(x: Tensor, fmt: IntFormat, *, scale_gradient: bool = False) ->
     Computed in fp32 (fp64 for fp64). NaN or infinity makes its whole group NaN: it never turns into a number.
     Raises SpinfoldError if groups do not fit.
     """
-    if scale_gradient and not _has_kernel(x, fmt):
-        return _differentiable(x, fmt)
     quantized: Tensor = (_RangeAware if scale_gradient else _StraightThrough).apply(x, fmt)
     return quantized
 
@@ -56,7 +54,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _RangeAware(torch.autograd.Function):
-    """`_differentiable` in one kernel forward and one backward, which recomputes instead of saving."""
+    """Forward `_on_grid`, backward `_range_gradient`, which recomputes what it needs from x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, fmt: IntFormat) -> Tensor:
@@ -66,11 +64,13 @@ class _RangeAware(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        from spinfold.kernels.fake_quant import fake_quant_gradient
-
         (x,), fmt = ctx.saved_tensors, ctx.fmt
-        width = fmt.group_of(x.shape[-1])
-        return fake_quant_gradient(x, grads[0], width, fmt.low, fmt.high, fmt.clip, fmt.symmetric), None
+        if _has_kernel(x, fmt):
+            from spinfold.kernels.fake_quant import fake_quant_gradient
+
+            width = fmt.group_of(x.shape[-1])
+            return fake_quant_gradient(x, grads[0], width, fmt.low, fmt.high, fmt.clip, fmt.symmetric), None
+        return _range_gradient(x, grads[0], fmt), None
 
 
 def _on_grid(x: Tensor, fmt: IntFormat) -> Tensor:
@@ -81,28 +81,36 @@ def _on_grid(x: Tensor, fmt: IntFormat) -> Tensor:
     return from_integers(q_Gg, scale_G1, zero_G1).flatten(-2).to(x.dtype)
 
 
-class _Round(torch.autograd.Function):
-    """Round half to even with derivative 1."""
+def _range_gradient(x: Tensor, grad: Tensor, fmt: IntFormat) -> Tensor:
+    """The gradient of `_on_grid` with both roundings straight-through; the Triton kernel gives the same.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
-
-
-def _round_straight_through(x: Tensor) -> Tensor:
-    rounded: Tensor = _Round.apply(x)
-    return rounded
-
-
-def _differentiable(x: Tensor, fmt: IntFormat) -> Tensor:
-    """`_on_grid` for autograd: the same bits, with only the two roundings straight-through."""
-    x_Gg = fmt.split(x.to(compute_dtype(x)))
-    scale_G1, zero_G1 = scale_and_zero(*extent(x_Gg), fmt, round_even=_round_straight_through)
-    q_Gg = _round_straight_through(x_Gg / scale_G1)
-    if zero_G1 is None:
-        return (q_Gg.clamp(fmt.low, fmt.high) * scale_G1).flatten(-2).to(x.dtype)
-    return (((q_Gg + zero_G1).clamp(fmt.low, fmt.high) - zero_G1) * scale_G1).flatten(-2).to(x.dtype)
+    With s = (high - low) / levels and z = -low / s (rounded) an element inside has x^ = s round(x / s), so dx^ = dx +
+    (round(x / s) - x / s) ds; one beyond an end of the grid has x^ = s (end - z), so dx^ = (end - z - low / s) ds + dlow.
+    A symmetric grid has s = max(high, -low) / levels and no z. `low` and `high` are clip times the row's extremes.
+    """
+    x_Gg, g_Gg = fmt.split(x.to(compute_dtype(x))), fmt.split(grad.to(compute_dtype(x)))
+    low_G1, high_G1 = extent(x_Gg)
+    scale_G1, zero_G1 = scale_and_zero(low_G1, high_G1, fmt)
+    ratio_Gg = x_Gg / scale_G1
+    q_Gg = ratio_Gg.round()
+    zero = 0 if zero_G1 is None else zero_G1
+    ends_Gg = (q_Gg + zero).clamp_(fmt.low, fmt.high) - zero
+    slope_Gg = ends_Gg - ratio_Gg  # dx^ / ds inside
+    d_Gg, rest_G1 = g_Gg, None
+    if fmt.clip < 1 or not bool((ends_Gg == q_Gg).all()):
+        beyond_Gg = ends_Gg != q_Gg
+        drift = 0 if zero_G1 is None else fmt.clip * low_G1 / scale_G1
+        slope_Gg = torch.where(beyond_Gg, ends_Gg - drift, slope_Gg)
+        d_Gg = g_Gg.masked_fill(beyond_Gg, 0)
+        rest_G1 = (g_Gg - d_Gg).sum(-1, keepdim=True)
+    by_scale_G1 = (g_Gg * slope_Gg).sum(-1, keepdim=True) / fmt.high
+    if fmt.symmetric:
+        upper_G1 = high_G1 >= -low_G1
+        by_high_G1, by_low_G1 = by_scale_G1 * upper_G1, -by_scale_G1 * ~upper_G1
+    else:
+        by_high_G1, by_low_G1 = by_scale_G1, -by_scale_G1 if rest_G1 is None else rest_G1 - by_scale_G1
+    d_Gg = d_Gg.clone() if d_Gg is g_Gg else d_Gg
+    for extreme_G1, by_G1 in ((high_G1, by_high_G1), (low_G1, by_low_G1)):  # ties share, as in torch's amax
+        there_Gg = (x_Gg == extreme_G1) & (extreme_G1 != 0)
+        d_Gg += there_Gg * (fmt.clip * by_G1 / there_Gg.sum(-1, keepdim=True).clamp(min=1))
+    return d_Gg.flatten(-2).to(x.dtype)

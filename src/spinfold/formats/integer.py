@@ -11,7 +11,7 @@ Shapes: O out features, I in features, G groups of g neighbours along I (G g = I
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,8 +85,6 @@ class IntFormat:
 
 def extent(x: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest number along the last axis (kept as size 1), widened to contain zero."""
-    if x.requires_grad:  # aminmax has no derivative before torch 2.12
-        return x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     low, high = torch.aminmax(x, dim=-1, keepdim=True)
     return low.clamp(max=0), high.clamp(min=0)
 
@@ -96,13 +94,12 @@ def scale_and_zero(
     high: Tensor,
     fmt: IntFormat,
     scale_dtype: torch.dtype | None = None,
-    round_even: Callable[[Tensor], Tensor] = torch.round,
 ) -> tuple[Tensor, Tensor | None]:
     """The grid that covers [clip·low, clip·high] (with low ≤ 0 ≤ high): scale, and zero point if asymmetric.
 
     With `scale_dtype` the scale is rounded to that dtype first, and everything else follows from the
     rounded one. Both come back in the dtype of `low`. A scale of 0 (also by underflow) becomes 1.
-    NaN and infinity stay NaN or infinite. `round_even` may carry another gradient than torch.round's 0.
+    NaN and infinity stay NaN or infinite.
     """
     low, high = low * fmt.clip, high * fmt.clip
     width = torch.maximum(high, -low) if fmt.symmetric else high - low
@@ -111,7 +108,7 @@ def scale_and_zero(
     if scale_dtype is not None and scale_dtype != scale.dtype:
         scale = scale.clamp(max=torch.finfo(scale_dtype).max).to(scale_dtype).to(low.dtype)
     scale = torch.where(scale == 0, 1.0, scale)
-    return scale, None if fmt.symmetric else round_even(-low / scale).clamp(fmt.low, fmt.high)
+    return scale, None if fmt.symmetric else torch.round(-low / scale).clamp(fmt.low, fmt.high)
 
 
 def nearest_integers(x: Tensor, scale: Tensor, zero: Tensor | None, fmt: IntFormat) -> Tensor:

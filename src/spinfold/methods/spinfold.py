@@ -35,6 +35,7 @@ from spinfold.methods.optrot import fit_to_weights, total_of
 from spinfold.methods.quarot import hadamard_maps
 from spinfold.methods.respinquant import joined
 from spinfold.methods.spinquant import fit_on_loss, learnable, settled
+from spinfold.recipe import Fit
 
 __all__ = ["SPINFOLD"]
 
@@ -52,7 +53,7 @@ def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
         maps, log = _fit_to_wires(task, start)
     elif recipe.weight_format:
         cost = total_of(partial(rounding_error, format=recipe.weight_format))
-        maps, log = fit_to_weights(task, lambda _: cost, lambda _: cost)
+        maps, log = fit_to_weights(task, lambda _: cost, lambda _: cost, fit=Fit())
         learned_sites = [site for site in learned_sites if site != "query_key"]
     else:
         return start, FitLog()
