@@ -1,6 +1,6 @@
 """Methods x bits x rounding x seeds in one harness, one JSON line a cell; resumable, and divisible among processes.
 
-    python benchmarks/main_table.py run --text TEST --calibration TRAIN --out cells.jsonl [--jobs main,ours] [--shard 0/2]
+    python benchmarks/main_table.py run --text TEST --calibration TRAIN --out cells.jsonl [--jobs main] [--shard 0/2]
     python benchmarks/main_table.py table cells.jsonl...
 
 A cell that is already in the output file is not computed again. Rotations that do not depend on the bits (none,

@@ -2,7 +2,8 @@
 
     python benchmarks/speed.py [--text TEST] [--calibration TRAIN] [--samples 64] [--steps 100]
 
-Without texts: the embedded default, its last fifth for perplexity. Each part runs twice; the second time counts, so that kernels are compiled. SmolLM2-135M, W4A4KV4.
+Without texts: the embedded default, its last fifth for perplexity. Each part runs twice; the second time counts, so
+that kernels are compiled. SmolLM2-135M, W4A4KV4.
 """
 
 from __future__ import annotations

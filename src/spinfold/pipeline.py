@@ -251,8 +251,9 @@ def quantize(
 
     `model` is a Hugging Face folder or hub id, a GGUF file, or `smollm2`; `evaluate_on` names the text of the
     figures (else the held-out fifth of the calibration text); `baselines` names methods that are measured beside the
-    recipe's, with its other settings, and leave no more than their row in the table of figures. Raises `SpinfoldError` for what can't be done, before
-    weights are loaded where that can be known, and `CheckFailed` if a proof does not hold.
+    recipe's, with its other settings, and leave no more than their row in the table of figures. Raises
+    `SpinfoldError` for what can't be done, before weights are loaded where that can be known, and `CheckFailed` if a
+    proof does not hold.
     """
     recipe, progress, output = recipe or Recipe(), progress or Quiet(), Path(output)
     place = pick_device(device)
@@ -262,25 +263,27 @@ def quantize(
     folder = RunFolder(output)
     if folder.finished:
         raise SpinfoldError(f"{output} holds a finished run.", "There is nothing to resume.", "Choose another folder.")
+    for name in baselines:
+        plan.plan_run(checkpoint.config, recipe.with_(method=name))
     texts = [load_text(source).text for source in (recipe.calibration.source, evaluate_on) if source is not None]
     key = {
         "model": checkpoint.fingerprint(),
         "recipe": recipe.model_dump(mode="json"),
         "text": [hashlib.sha256(text.encode()).hexdigest() for text in texts],
         "version of spinfold": __version__,
+        "baselines": list(baselines),
     }
     with folder.writing(key, resume=resume):
         subject = prepare(checkpoint, recipe, place, progress, held_out=evaluate_on, max_tokens=_tokens_needed(recipe))
         rows = [row("original", subject.quality)]
-        for name in baselines:
-            rows.append(_baseline(subject, recipe.with_(method=name), progress))
+        rows += [_baseline(subject, recipe.with_(method=name), progress) for name in baselines]
         start = time.perf_counter()
         before = measure_outliers(subject.network, subject.held_out_NT[:4])
         rotated = _kept_rotation(folder, subject, recipe, progress)
         after = measure_outliers(rotated.network, subject.held_out_NT[:4], at=before.places)
         rounded = _kept_rounding(folder, subject, rotated.network, recipe, progress)
         seconds = time.perf_counter() - start
-        rows.append(_measure(subject, rotated.network, recipe, progress, seconds))
+        rows.append(_measure(subject, rotated.network, recipe, progress, seconds, "quantized"))
         with progress.stage("write checkpoint"):
             write_whole(output / "recipe.yaml", lambda path: path.write_text(recipe.to_yaml(), "utf-8"))
             save_maps(output, rotated.maps)
@@ -306,10 +309,12 @@ def _baseline(subject: Subject, recipe: Recipe, progress: Progress) -> dict[str,
         ids_NT = subject.windows(recipe.calibration.seq_len, recipe.calibration.samples, recipe.seed)
         for _ in round_network(network, recipe, ids_NT, progress=progress):
             pass
-    return _measure(subject, network, recipe, progress, time.perf_counter() - start)
+    return _measure(subject, network, recipe, progress, time.perf_counter() - start, recipe.method)
 
 
-def _measure(subject: Subject, network: Network, recipe: Recipe, progress: Progress, seconds: float) -> dict[str, Any]:
+def _measure(
+    subject: Subject, network: Network, recipe: Recipe, progress: Progress, seconds: float, what: str
+) -> dict[str, Any]:
     """The row of a rounded network, whose activations and cache are quantized from now on."""
     quantize_wires(network, recipe)
     quality, _ = measure_quality(
@@ -318,7 +323,7 @@ def _measure(subject: Subject, network: Network, recipe: Recipe, progress: Progr
         reference=subject.reference,
         compute=recipe.compute,
         progress=progress,
-        label=f"evaluate {recipe.method}",
+        label=f"evaluate {what}",
     )
     return row(recipe.method, quality, seconds)
 

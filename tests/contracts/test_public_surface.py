@@ -43,7 +43,7 @@ NAMES = {
     "verify",
 }
 SIGNATURES = {
-    "quantize": "model output recipe device resume evaluate_on progress",
+    "quantize": "model output recipe device resume evaluate_on baselines progress",
     "rotate": "model output method sites seed dtype recipe device progress",
     "verify": "original other text tolerance device tokens",
     "evaluate": "model text seq_len max_tokens reference device compute progress",
