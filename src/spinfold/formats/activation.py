@@ -86,7 +86,8 @@ def _range_gradient(x: Tensor, grad: Tensor, fmt: IntFormat) -> Tensor:
 
     With s = (high - low) / levels and z = -low / s (rounded) an element inside has x^ = s round(x / s), so
     dx^ = dx + (round(x / s) - x / s) ds; one beyond an end of the grid has x^ = s (end - z), so
-    dx^ = (end - z - low / s) ds + dlow. A symmetric grid has s = max(high, -low) / levels and no z. `low` and `high` are clip times the row's extremes.
+    dx^ = (end - z - low / s) ds + dlow. A symmetric grid has s = max(high, -low) / levels and no z. `low` and `high`
+    are clip times the row's extremes.
     """
     x_Gg, g_Gg = fmt.split(x.to(compute_dtype(x))), fmt.split(grad.to(compute_dtype(x)))
     low_G1, high_G1 = extent(x_Gg)
