@@ -24,7 +24,7 @@ RECIPE = Recipe().with_(
     bits="W4A4KV4",
     calibration__samples=8,
     calibration__seq_len=512,
-    fit__steps=18,
+    fit__steps=12,
     fit__batch=2,
 )
 

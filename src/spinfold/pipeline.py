@@ -83,7 +83,7 @@ __all__ = [
 
 _HELD_OUT = 0.2
 """The last fifth of the calibration text is kept for the figures, never for fitting."""
-_EVAL_TOKENS = {"cuda": 1 << 18, "cpu": 6144}
+_EVAL_TOKENS = {"cuda": 1 << 18, "cpu": 4096}
 _PROOF_TOKENS, _CAST_TOKENS = 256, 2048
 
 
@@ -168,7 +168,7 @@ def prepare(
         else:
             held_T = _tokens(held_out, network)
         windows(tokens_T, calibration.seq_len, calibration.samples)  # too little text is an error now, not after a fit
-        limit = held_out_tokens or _EVAL_TOKENS.get(device.type, 1 << 13)
+        limit = held_out_tokens or _EVAL_TOKENS.get(device.type, _EVAL_TOKENS["cpu"])
         available = len(held_T) // calibration.seq_len
         held_NT = windows(held_T, calibration.seq_len, max(1, min(available, limit // calibration.seq_len)))
     fingerprint = take_fingerprint(network, held_NT[:1, :_PROOF_TOKENS])
