@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import zoo
@@ -66,6 +68,10 @@ def test_the_gradient_reaches_the_maps_through_rounded_weights() -> None:
     assert leaf.grad is not None and leaf.grad.abs().max() > 0
 
 
+def spread(network: Network, ids_BT: torch.Tensor) -> torch.Tensor:
+    return network(ids_BT).logsumexp(-1).mean()
+
+
 def test_a_step_does_not_depend_on_how_many_windows_fit() -> None:
     """Passes of one window or of all give the same maps."""
     results = []
@@ -79,7 +85,7 @@ def test_a_step_does_not_depend_on_how_many_windows_fit() -> None:
         schedule = Schedule(steps=3, batch=4, tokens_per_pass=tokens)
         log = fit_end_to_end(
             network,
-            lambda ids_BT: network(ids_BT).logsumexp(-1).mean(),
+            partial(spread, network),
             [ids_NT],
             [CayleySGD([leaf], 0.05)],
             schedule,
