@@ -261,7 +261,7 @@ def test_the_fit_and_the_costs(page: Page) -> None:
 SECTIONS = {
     "metrics": "Quality",
     "proofs": "Proofs",
-    "sizes": "Size",
+    "sizes": "Size of the linear weights, packed",
     "rounding": "Rounding error",
     "fit": "The fit",
     "stages": "What it cost",

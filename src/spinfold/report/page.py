@@ -180,7 +180,7 @@ def _tiles(run: Data, rows: Sequence[Data]) -> list[tuple[str, str, str]]:
     if (top1 := _number(result.get("top1"))) is not None:
         tiles.append(("first choice kept", f"{top1:.1%}", "of all tokens"))
     if sizes := _sizes(run):
-        tiles.append(("size", sizes[-1][1], f"{sizes[0][2] / sizes[-1][2]:.1f}× smaller"))
+        tiles.append(("linear weights, packed", sizes[-1][1], f"{sizes[0][2] / sizes[-1][2]:.1f}× smaller"))
     seconds = [_number(stage.get("seconds")) for stage in _list(run.get("stages")) if isinstance(stage, Mapping)]
     if any(seconds):
         device = _part(run, "device").get("name")
