@@ -16,6 +16,7 @@ from spinfold.evaluation import prove_same_function, take_fingerprint
 from spinfold.folding import fold, fold_norms
 from spinfold.maps import Chain, Diagonal, Hadamard, Orthogonal, SiteMaps, random_orthogonal
 from spinfold.networks import SITES, Network
+from spinfold.networks.sources import resolve
 
 UNKNOWN = ("gpt2",)
 KNOWN = [name for name in zoo.FAMILIES if name not in UNKNOWN]
@@ -87,10 +88,25 @@ def test_rotation_leaves_logits_unchanged(family: str, sites: tuple[str, ...]) -
 @pytest.mark.parametrize("hidden", [80, 88, 96, 112, 136, 144, 152])
 @pytest.mark.parametrize("family", ["llama_tied", "llama_biases", "qwen3", "phi3", "granite"])
 def test_any_hidden_size(family: str, hidden: int) -> None:
-    network = tiny(family, seed=2, hidden=hidden)
-    original = take_fingerprint(network, zoo.random_tokens(2, 2, 16))
-    rotate(network, maps_for(network, SITES, seed=3))
-    assert (proof := prove_same_function(network, original)).ok, proof
+    for dtype in (torch.float64, torch.float32):
+        network = tiny(family, seed=2, hidden=hidden, dtype=dtype)
+        original = take_fingerprint(network, zoo.random_tokens(2, 2, 16))
+        rotate(network, maps_for(network, SITES, seed=3))
+        assert (proof := prove_same_function(network, original)).ok, proof
+
+
+@pytest.mark.slow
+def test_the_default_model_in_both_precisions() -> None:
+    checkpoint = resolve("smollm2")
+    ids_BT = torch.randint(checkpoint.config.vocab_size, (1, 128), generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.float64):
+        network = Network(checkpoint.load_model(torch.float32)).to(dtype=dtype)
+        network.untie()
+        original = take_fingerprint(network, ids_BT)
+        before = network.layers[3].linears["q"].weight_OI.clone()
+        rotate(network, maps_for(network, SITES, seed=8))
+        assert (proof := prove_same_function(network, original)).ok, proof
+        assert not torch.equal(before, network.layers[3].linears["q"].weight_OI)
 
 
 @pytest.mark.parametrize("family", KNOWN)
