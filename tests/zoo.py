@@ -5,6 +5,7 @@ queries, head sizes other than hidden / heads, windows shorter than the text, mu
 of order 1 to 10 and attention neither uniform nor one-hot, so that any mistake shows.
 
     FAMILIES[name](seed, hidden, dtype) -> PreTrainedModel      eval mode, no gradients
+    EXPERTS[name](seed, hidden, dtype) -> PreTrainedModel       the families with layers of experts
     save(model, path, shards)  write_tiny_tokenizer(path)  write_gguf(model, path, arch)
 """
 
@@ -21,7 +22,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["FAMILIES", "VOCAB", "random_tokens", "save", "write_gguf", "write_tiny_tokenizer"]
+__all__ = ["EXPERTS", "FAMILIES", "VOCAB", "random_tokens", "save", "write_gguf", "write_tiny_tokenizer"]
 
 VOCAB = 128
 LOUD_CHANNELS, LOUDNESS = (5, 17), 12.0
@@ -78,9 +79,9 @@ def _randomize(model: PreTrainedModel, generator: torch.Generator) -> None:
             if gains_are_offsets:
                 values = values - 1
         else:
-            values = normal(parameter, parameter.shape[1] ** -0.5, mean=0.01)
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                values[loud] *= LOUDNESS / 4
+            values = normal(parameter, parameter.shape[-1] ** -0.5, mean=0.01)
+            if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
+                values[..., loud, :] *= LOUDNESS / 4
         parameter.copy_(values)
 
 
@@ -88,7 +89,6 @@ _LLAMA = partial(_build, "llama")
 _SMALL_WINDOW = 16
 _GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": _SMALL_WINDOW, "tie_word_embeddings": True}
 _GEMMA |= {"layer_types": ["sliding_attention", "full_attention"]}
-
 FAMILIES: dict[str, Build] = {
     "llama": partial(_LLAMA, {"head_dim": 24}),
     "llama_tied": partial(_LLAMA, {"head_dim": 24, "tie_word_embeddings": True, "num_hidden_layers": 3}),
@@ -121,6 +121,17 @@ FAMILIES: dict[str, Build] = {
     ),
 }
 """Name -> builder (seed=0, hidden=96, dtype=float32); `hidden` must be a multiple of 24."""
+
+_QWEN3_MOE: dict[str, Any] = {"head_dim": 32, "num_experts": 6, "num_experts_per_tok": 3}
+_QWEN3_MOE |= {"moe_intermediate_size": 80, "norm_topk_prob": True}
+
+EXPERTS: dict[str, Build] = {
+    "mixtral": partial(_build, "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": partial(_build, "qwen3_moe", _QWEN3_MOE),
+    "qwen3_moe_mixed": partial(_build, "qwen3_moe", _QWEN3_MOE | {"mlp_only_layers": [1], "norm_topk_prob": False}),
+}
+"""The same for layers of experts. Apart, since routing is a step function: in 16 bits a token may meet other experts,
+and no bound on logits that rounding alone would keep allows for that."""
 
 
 def random_tokens(seed: int, batch: int = 2, length: int = 40) -> torch.Tensor:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from spinfold.maps import Diagonal, Identity, Map, SiteMaps
-from spinfold.networks import SKIP_WIRES, Network
+from spinfold.networks import INPUT_WIRE, SKIP_WIRES, Network
 from spinfold.runtime import OnlineMap, maps_around
 
 __all__ = ["fold", "fold_norms", "place_online"]
@@ -40,9 +40,9 @@ def fold_norms(network: Network) -> None:
     """
     network.untie()
     for layer in network.layers:
-        for norm, roles in ((layer.attention_norm, "q k v"), (layer.mlp_norm, "gate up")):
+        for norm, wire in ((layer.attention_norm, "qkv_input"), (layer.mlp_norm, "mlp_input")):
             if isinstance(norm, nn.Module):
-                _move_gain(norm, [layer.linears[role].weight_OI for role in roles.split()], network)
+                _move_gain(norm, [x.weight_OI for x in layer.foldable if INPUT_WIRE[x.role] == wire], network)
     _move_gain(network.final_norm, [network.head.weight.data], network)
 
 
@@ -73,8 +73,8 @@ def fold(network: Network, maps: SiteMaps) -> None:
         _merge(network.embedding.weight.data.T, None, None, maps.residual_at(0))
         _merge(network.head.weight.data, None, maps.residual_at(last), None)
     for layer in network.layers:
-        for role, linear in layer.linears.items():
-            _merge(linear.weight_OI, linear.bias_O, *maps_around(layer, role, maps))
+        for linear in layer.foldable:
+            _merge(linear.weight_OI, linear.bias_O, *maps_around(layer, linear.role, maps))
         for norm, scales in (
             (layer.attention_norm, maps.at("qkv_input", layer.index)),
             (layer.mlp_norm, maps.at("mlp_input", layer.index)),

@@ -19,18 +19,19 @@ from spinfold.networks import SITES, Network
 from spinfold.networks.sources import resolve
 
 UNKNOWN = ("gpt2",)
-KNOWN = [name for name in zoo.FAMILIES if name not in UNKNOWN]
+FAMILIES = zoo.FAMILIES | zoo.EXPERTS
+KNOWN = [name for name in FAMILIES if name not in UNKNOWN]
 SUBSETS = [subset for n in range(1, len(SITES) + 1) for subset in combinations(SITES, n)]
 
 
 def tiny(family: str, seed: int = 0, hidden: int = 96, dtype: torch.dtype = torch.float32) -> Network:
-    return Network(zoo.FAMILIES[family](seed, hidden, torch.float32)).to(dtype=dtype)
+    return Network(FAMILIES[family](seed, hidden, torch.float32)).to(dtype=dtype)
 
 
 def maps_for(network: Network, sites: tuple[str, ...], seed: int, kind: str = "hadamard") -> SiteMaps:
     """Random maps at `sites`; a different one in each layer, so that a layer mixed up with another shows."""
     first = network.layers[0]
-    layers, width = range(len(network.layers)), first.linears["down"].weight_OI.shape[1]
+    layers = range(len(network.layers))
 
     def one(size: int, seed: int) -> Hadamard | Orthogonal:
         return Hadamard(size, seed=seed) if kind == "hadamard" else Orthogonal(random_orthogonal(size, seed).R_NN)
@@ -39,7 +40,7 @@ def maps_for(network: Network, sites: tuple[str, ...], seed: int, kind: str = "h
         residual=one(network.hidden_size, seed),
         value=tuple(one(first.head_dim, seed + 10 + i) for i in layers),
         query_key=tuple(one(first.head_dim, seed + 20 + i) for i in layers),
-        down=tuple(one(width, seed + 30 + i) for i in layers),
+        down=tuple(one(x.mlp_width, seed + 30 + x.index) for x in network.layers),
     )
     return SiteMaps(**{site: getattr(every, site) for site in sites})
 
@@ -53,7 +54,7 @@ def rotate(network: Network, maps: SiteMaps) -> None:
 @pytest.mark.parametrize("family", KNOWN)
 def test_wires_alone_change_nothing(family: str) -> None:
     """Seen through its family, a model gives bit for bit what Hugging Face's own forward gives."""
-    model = zoo.FAMILIES[family](0, 96, torch.float32)
+    model = FAMILIES[family](0, 96, torch.float32)
     ids_BT = zoo.random_tokens(0, 2, 24)
     eager = model.config._attn_implementation == "eager"
     with torch.no_grad():
@@ -120,11 +121,10 @@ def test_invertible_maps_that_are_not_orthogonal(family: str) -> None:
         generator = torch.Generator().manual_seed(seed)
         return Diagonal(torch.rand(size, generator=generator, dtype=torch.float64) + 0.5)
 
-    width = first.linears["down"].weight_OI.shape[1]
     maps = SiteMaps(
         value=tuple(Chain(scale(first.head_dim, i), random_orthogonal(first.head_dim, i)) for i in layers),
         query_key=tuple(Chain(random_orthogonal(first.head_dim, i), scale(first.head_dim, i)) for i in layers),
-        down=tuple(Chain(scale(width, i), Hadamard(width, seed=i)) for i in layers),
+        down=tuple(Chain(scale(x.mlp_width, x.index), Hadamard(x.mlp_width, seed=x.index)) for x in network.layers),
     )
     fold(network, maps)
     assert (proof := prove_same_function(network, original, orthogonal=False)).ok, proof

@@ -27,7 +27,6 @@ __all__ = ["Captured", "capture", "channel_maxima", "pooled", "second_moments", 
 Captured = dict[tuple[int, str], Tensor]
 """Rows `(S, N)` by layer and wire."""
 
-_PER_HEAD = ("query", "key", "value")
 _TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 4096}
 
 
@@ -43,14 +42,15 @@ def watch(
 ) -> None:
     """Run the windows through the network and call `see(layer, wire, start, x)` for each batch on each wire.
 
-    `x` is `(T, N)`, on query, key and value `(T, heads, N)`: what the next linear or the attention reads, ops on the
-    wire included, for the tokens `start` ... `start + T - 1`, counted through all windows.
+    `x` is `(T, N)`, on query, key and value `(T, heads, N)`, on the down wire of experts `(T, experts of a token, N)`:
+    what the next linear or the attention reads, ops on the wire included, for the tokens `start` ... `start + T - 1`,
+    counted through all windows.
     """
     device, mode = network.device, pick_precision(compute, network.device)
     start = 0
 
     def note(layer: int, wire: str, _: nn.Module, __: object, x: Tensor) -> None:
-        see(layer, wire, start, (x.transpose(1, 2) if wire in _PER_HEAD else x).flatten(0, 1))
+        see(layer, wire, start, (x.transpose(1, 2) if x.ndim == 4 else x).flatten(0, 1))
 
     handles = [
         layer.wire(wire).register_forward_hook(partial(note, layer.index, wire))
@@ -84,7 +84,7 @@ def capture(
     """`tokens` rows per wire (all, if there are fewer or it is None), drawn by `seed`, as `dtype` on the device.
 
     The same tokens on every wire, in the order of the text. On query, key and value each token gives one row per
-    head, head after head.
+    head, head after head; on the down wire of experts one per expert that it meets.
     """
     total = ids_WT.numel()
     drawn_S = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:tokens].sort().values
@@ -107,20 +107,20 @@ def pooled(captured: Captured, *wires: str) -> Tensor:
 def second_moments(
     network: Network, ids_WT: Tensor, wires: Sequence[str], *, compute: str = "auto", progress: Progress | None = None
 ) -> Mapping[str, Tensor]:
-    """H = E[xᵀ x] by wire, `(L, N, N)` in fp32; heads are pooled. Products with IEEE arithmetic."""
+    """H = E[xᵀ x] by wire, `(L, N, N)` in fp32; heads and experts are pooled. Products with IEEE arithmetic."""
     sums: dict[tuple[int, str], Tensor] = {}
-    count: dict[str, int] = dict.fromkeys(wires, 0)
+    count: dict[tuple[int, str], int] = {}
 
     def see(layer: int, wire: str, _: int, x: Tensor) -> None:
         x_TN = x.flatten(0, -2).float()
         with precision("fp32", x.device):
             moment_NN = (x_TN.T @ x_TN).double()
         sums[layer, wire] = sums[layer, wire] + moment_NN if (layer, wire) in sums else moment_NN
-        count[wire] += len(x_TN) * (layer == 0)
+        count[layer, wire] = count.get((layer, wire), 0) + len(x_TN)
 
     watch(network, ids_WT, wires, see, compute=compute, progress=progress)
     layers = range(len(network.layers))
-    return {wire: torch.stack([sums[i, wire] / count[wire] for i in layers]).float() for wire in wires}
+    return {wire: torch.stack([sums[i, wire] / count[i, wire] for i in layers]).float() for wire in wires}
 
 
 def channel_maxima(

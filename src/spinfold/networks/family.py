@@ -6,6 +6,8 @@ norms stand, and which site can't be folded and why. Nothing else in spinfold kn
     role             q  k  v  o               gate  up  down        embedding  head
     reads the site   residual   value (heads)  residual  down        -          residual
     writes the site  -  -  value residual      -     -   residual    residual   -
+
+A layer of experts has gate, up and down once per expert, and a router, which reads the residual site too.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from spinfold.errors import SpinfoldError, Verdict
 
@@ -30,17 +33,23 @@ INPUT_WIRE = {
     "gate": "mlp_input",
     "up": "mlp_input",
     "down": "down",
+    "router": "mlp_input",
 }
-"""The wire on which each linear's input arrives; linears on one wire share their input."""
+"""The wire on which each linear's input arrives; linears on one wire share their input. The router reads what the wire
+is given, before the ops on it."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A linear: the module that holds it, and its place among the linears fused into that module."""
+    """A linear: the parameter that holds it, and its place among the linears fused into that parameter.
+
+    A parameter of three axes holds it once per expert, along the first.
+    """
 
     module: str
     index: int = 0
     fused: tuple[str, ...] = ()
+    attribute: str = "weight"
 
 
 _SPLIT = {
@@ -59,6 +68,11 @@ _FUSED = {
     **{role: Part("mlp.gate_up_proj", i, _GATE_UP) for i, role in enumerate(_GATE_UP)},
     "down": Part("mlp.down_proj"),
 }
+_EXPERTS = {
+    "router": Part("mlp.gate"),
+    **{role: Part("mlp.experts", i, _GATE_UP, "gate_up_proj") for i, role in enumerate(_GATE_UP)},
+    "down": Part("mlp.experts", attribute="down_proj"),
+}
 _QK_NORM = {
     "self_attn.q_norm.weight": "acts on queries after the projection, before RoPE",
     "self_attn.k_norm.weight": "acts on keys after the projection, before RoPE",
@@ -71,13 +85,15 @@ class Family:
 
     `gain_offset` is 1 where the stored norm weight w means a gain of 1 + w. `post_norms` are norms with a gain on
     the writing side of the residual stream. `untouched` lists the per-layer parameters that no map passes, with the
-    reason. The last three name config fields: a factor on what a branch adds to the stream, a divisor and a soft
-    cap of the logits.
+    reason. `experts` stand in place of the MLP's linears in the layers that have a router. The last four name config
+    fields: the width of an expert, a factor on what a branch adds to the stream, a divisor and a soft cap of the
+    logits.
     """
 
     name: str
     model_types: tuple[str, ...]
     linears: Mapping[str, Part] = field(default_factory=lambda: _SPLIT)
+    experts: Mapping[str, Part] = field(default_factory=dict)
     attention: str = "self_attn"
     mlp: str = "mlp"
     attention_norm: str | None = "input_layernorm"
@@ -85,6 +101,7 @@ class Family:
     gain_offset: int = 0
     post_norms: tuple[str, ...] = ()
     untouched: Mapping[str, str] = field(default_factory=dict)
+    expert_width: str | None = None
     residual_factor: str | None = None
     logits_divisor: str | None = None
     logits_softcap: str | None = None
@@ -104,11 +121,27 @@ class Family:
             return Verdict(False, "No norm stands before it whose gain could take the scales.", "Use another method.")
         return Verdict(True)
 
+    def mlp_widths(self, config: Any) -> set[int]:
+        """The inputs of the down projections of all layers: of the MLP's, and of the experts'."""
+        if self.expert_width is None:
+            return {config.intermediate_size}
+        dense, every = getattr(config, "mlp_only_layers", ()), getattr(config, "decoder_sparse_step", 1)
+        sparse = {i not in dense and (i + 1) % every == 0 for i in range(config.num_hidden_layers)}
+        return {getattr(config, self.expert_width) if experts else config.intermediate_size for experts in sparse}
+
 
 FAMILIES = (
     Family(name="llama", model_types=("llama", "mistral")),
     Family(name="qwen2", model_types=("qwen2",)),
     Family(name="qwen3", model_types=("qwen3",), untouched=_QK_NORM),
+    Family(name="mixtral", model_types=("mixtral",), experts=_EXPERTS, expert_width="intermediate_size"),
+    Family(
+        name="qwen3_moe",
+        model_types=("qwen3_moe",),
+        experts=_EXPERTS,
+        expert_width="moe_intermediate_size",
+        untouched=_QK_NORM,
+    ),
     Family(name="phi3", model_types=("phi3",), linears=_FUSED),
     Family(
         name="granite",

@@ -6,31 +6,35 @@ A *wire* is a named tensor inside a layer; whatever is put on it, an online map,
     query, key     after RoPE, per head        (B, heads, T, head_dim)
     value          per head                    (B, heads, T, head_dim)
     attention_out  input of o                  (B, T, heads * head_dim)
-    mlp_input      input of gate, up           (B, T, D)
-    down           input of down               (B, T, F)
+    mlp_input      input of gate, up           (B, T, D)     experts: (1, T, D), all tokens of the batch
+    down           input of down               (B, T, F)     experts: (1, K, T, F), as if an expert were a head
     attention_skip the stream past attention   (B, T, D)
     mlp_skip       the stream past the MLP     (B, T, D)
 
-Shapes: B batch, T tokens, D residual width, F MLP width, V vocabulary, O out features, I in features.
+A layer of experts has one wire for all of them. Its router stays in floating point and reads the norm's output itself,
+before the wire: a quantizer on `mlp_input` does not change which experts a token meets.
+
+Shapes: B batch, T tokens, D residual width, F MLP width, V vocabulary, O out features, I in features, K experts of a
+token, E experts of a layer, S = T K rows sorted by expert.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.moe import ExpertsInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from spinfold.errors import SpinfoldError
-from spinfold.networks.family import INPUT_WIRE, Family, family_of
+from spinfold.networks.family import INPUT_WIRE, Family, Part, family_of
 
 __all__ = ["SKIP_WIRES", "WIRES", "Layer", "Linear", "Network", "Wire"]
 
@@ -39,13 +43,16 @@ WIRES = ("qkv_input", "query", "key", "value", "attention_out", "mlp_input", "do
 
 
 class Wire(nn.Module):
-    """The ops on one wire, applied in order. A forward hook on a wire sees what the next linear reads."""
+    """The ops on one wire, applied in order. A forward hook on a wire sees what the next linear reads.
+
+    On the wires of experts it also sees, as the second argument, which K experts each token meets, `(T, K)`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.ops = nn.ModuleList()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, experts_TK: Tensor | None = None) -> Tensor:
         for op in self.ops:
             x = op(x)
         return x
@@ -69,7 +76,7 @@ class _Through:
 class _Skip:
     """Two hooks that send a skip connection through a wire, though the sum is out of a hook's reach.
 
-    With the stream x noted where the branch leaves it, at its norm, the branch's last linear is made to give
+    With the stream x noted where the branch leaves it, at its norm, the branch's last module is made to give
     b + (wire(x) - x) / f, which the layer adds up to x + f (b + (wire(x) - x) / f) = wire(x) + f b.
 
     An object rather than closures, for deep copies, as `_Through`. A wire without ops costs nothing.
@@ -102,38 +109,90 @@ def _wired_attention(
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = torch.tanh(query @ key.transpose(2, 3) * (kwargs["scaling"] / softcap)) * softcap
     if attention_mask is None:
-        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        attention_mask = attention_mask.tril(scores.shape[-1] - scores.shape[-2])  # a cache has more keys than queries
     scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
 
+def _wired_experts(module: nn.Module, x_TD: Tensor, experts_TK: Tensor, share_TK: Tensor) -> Tensor:
+    """Each token through its K experts, behind the layer's wires, and their outputs added up by the router's shares.
+
+    Like `_wired_attention` it gives what Transformers' own forward gives, from the same parameters.
+    """
+    wires, act = cast(nn.ModuleDict, module.wires), cast(nn.Module, module.act_fn)
+    # Read once: with a parametrization on them, every access would compute them anew.
+    gate_up_EOD, down_EDF = cast(Tensor, module.gate_up_proj), cast(Tensor, module.down_proj)
+    num_tokens, per_token = experts_TK.shape
+    by_expert_S = experts_TK.flatten().argsort(stable=True)
+    by_token_S = by_expert_S.argsort()
+    counts_E = experts_TK.flatten().bincount(minlength=len(down_EDF)).tolist()
+
+    def linear(x_SI: Tensor, w_EOI: Tensor) -> Tensor:
+        pairs = zip(x_SI.split(counts_E), w_EOI, strict=True)
+        return torch.cat([F.linear(x_NI, w_OI) for x_NI, w_OI in pairs])
+
+    x_TD = wires["mlp_input"](x_TD[None], experts_TK)[0]
+    gate_SF, up_SF = linear(x_TD[by_expert_S // per_token], gate_up_EOD).chunk(2, dim=-1)
+    h_TKF = (act(gate_SF) * up_SF)[by_token_S].unflatten(0, (num_tokens, per_token))
+    h_TKF = wires["down"](h_TKF.transpose(0, 1)[None], experts_TK)[0].transpose(0, 1)
+    y_SD = linear(h_TKF.flatten(0, 1)[by_expert_S], down_EDF)
+    y_TKD = y_SD[by_token_S].unflatten(0, (num_tokens, per_token))
+    return (y_TKD * share_TK[..., None]).sum(1).to(x_TD.dtype)
+
+
 AttentionInterface.register("spinfold", _wired_attention)
 AttentionMaskInterface.register("spinfold", sdpa_mask)
+ExpertsInterface.register("spinfold", _wired_experts)
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One named linear of a layer: rows of a module's weight (all of them unless it is fused)."""
+    """One named linear of a layer: rows of a parameter, the experts' rows one after the other if it has three axes."""
 
     role: str
     layer: int
     name: str
-    module: nn.Linear
+    module: nn.Module
     rows: slice
+    attribute: str = "weight"
+    expert: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name in the layer: the role, such as `down`, of an expert `down@5`."""
+        return self.role if self.expert is None else f"{self.role}@{self.expert}"
+
+    @property
+    def parameter(self) -> str:
+        """The name of the parameter that holds it."""
+        return f"{self.name}.{self.attribute}"
 
     @property
     def weight_OI(self) -> Tensor:
         """A view of the weight; write through it with `copy_`."""
-        return self.module.weight.data[self.rows]
+        weight = cast(Tensor, getattr(self.module, self.attribute)).data
+        return weight.view(-1, weight.shape[-1])[self.rows]
 
     @property
     def bias_O(self) -> Tensor | None:
         """A view of the bias, or None."""
-        return None if self.module.bias is None else self.module.bias.data[self.rows]
+        bias = cast(Tensor | None, getattr(self.module, "bias", None))
+        return None if bias is None else bias.data[self.rows]
+
+
+def _parts_of(layer: nn.Module, family: Family) -> dict[str, Part]:
+    """The layer's linears by role: a router and experts, if it has a router."""
+    sparse = family.experts and family.experts["router"].module in dict(layer.named_modules())
+    return dict(family.linears) | (dict(family.experts) if sparse else {})
 
 
 class Layer:
-    """One decoder layer: its linears by role, norms, wires and head layout."""
+    """One decoder layer: its linears, norms, wires and head layout.
+
+    `foldable` are all linears. The router is one that is not quantized: it is small, and it decides which experts a
+    token meets.
+    """
 
     def __init__(self, module: nn.Module, index: int, prefix: str, family: Family, config: Any) -> None:
         self.module, self.index, self.prefix = module, index, prefix
@@ -141,46 +200,60 @@ class Layer:
         self.head_dim: int = int(cast(int, attention.head_dim))
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
-        self.linears = {role: self._linear(role, family) for role in family.linears}
+        parts = _parts_of(module, family)
+        self.foldable = [linear for role, part in parts.items() for linear in self._linears(role, part)]
         norms = [family.attention_norm, family.mlp_norm]
         self.attention_norm, self.mlp_norm = (n and module.get_submodule(n) for n in norms)
 
         self.wires = nn.ModuleDict({name: Wire() for name in WIRES})
         module.wires = self.wires
         attention.wires = self.wires
-        for target, wire in (
-            (attention, "qkv_input"),
-            (mlp, "mlp_input"),
-            (self.linears["o"].module, "attention_out"),
-            (self.linears["down"].module, "down"),
-        ):
-            hook = _Through(cast(Wire, self.wires[wire]))
-            target.register_forward_pre_hook(hook, with_kwargs=True)
+        o, down = (module.get_submodule(parts[role].module) for role in ("o", "down"))
+        through = [(attention, "qkv_input"), (o, "attention_out")]
+        if "router" in parts:
+            down.wires = self.wires
+        else:
+            through += [(mlp, "mlp_input"), (down, "down")]
+        for target, wire in through:
+            target.register_forward_pre_hook(_Through(self.wire(wire)), with_kwargs=True)
         if not family.post_norms:  # a norm between a branch and the stream leaves no place to join it
             factor = getattr(config, family.residual_factor) if family.residual_factor else 1.0
-            norms_and_writers = (self.attention_norm, "o"), (self.mlp_norm, "down")
+            norms_and_writers = (self.attention_norm, o), (self.mlp_norm, mlp)
             for name, (norm, writer) in zip(SKIP_WIRES, norms_and_writers, strict=True):
                 skip = _Skip(self.wire(name), factor)
                 cast(nn.Module, norm).register_forward_pre_hook(skip.leave)
-                self.linears[writer].module.register_forward_hook(skip.join)
+                writer.register_forward_hook(skip.join)
 
-    def _linear(self, role: str, family: Family) -> Linear:
-        part = family.linears[role]
-        module = cast(nn.Linear, self.module.get_submodule(part.module))
-        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        half = module.out_features // 2
+    def _linears(self, role: str, part: Part) -> Iterator[Linear]:
+        module = self.module.get_submodule(part.module)
+        weight = cast(Tensor, getattr(module, part.attribute))
+        height = weight.shape[-2]
+        queries, keys, half = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, height // 2
         sizes = {"q": queries, "k": keys, "v": keys, "gate": half, "up": half}
-        start = sum(sizes[other] for other in part.fused[: part.index])
-        rows = slice(start, start + sizes[role]) if part.fused else slice(None)
-        return Linear(role, self.index, f"{self.prefix}.{part.module}", module, rows)
+        first = sum(sizes[other] for other in part.fused[: part.index])
+        last = first + sizes[role] if part.fused else height
+        name = f"{self.prefix}.{part.module}"
+        for expert in range(len(weight)) if weight.ndim == 3 else [None]:
+            rows = slice(first, last) if expert is None else slice(expert * height + first, expert * height + last)
+            yield Linear(role, self.index, name, module, rows, part.attribute, expert)
+
+    @property
+    def linears(self) -> dict[str, Linear]:
+        """The linears that are quantized, by key."""
+        return {linear.key: linear for linear in self.foldable if linear.role != "router"}
 
     @property
     def groups(self) -> dict[str, list[Linear]]:
         """The linears by the wire that they read, in the order in which a token meets them."""
         groups: dict[str, list[Linear]] = {}
-        for role, linear in self.linears.items():
-            groups.setdefault(INPUT_WIRE[role], []).append(linear)
+        for linear in self.linears.values():
+            groups.setdefault(INPUT_WIRE[linear.role], []).append(linear)
         return groups
+
+    @property
+    def mlp_width(self) -> int:
+        """F, the inputs of the down projection, of each expert's if there are some."""
+        return self.groups["down"][0].weight_OI.shape[1]
 
     def wire(self, name: str) -> Wire:
         """The wire of that name."""
@@ -201,6 +274,7 @@ class Network:
         self.model, self.tokenizer, self.name = model, tokenizer, name or self.family.name
         self._check_coverage()
         model.config._attn_implementation = "spinfold"
+        model.config._experts_implementation = "spinfold"
         model.requires_grad_(False).eval()
         decoder = model.base_model
         self.layers = [
@@ -210,15 +284,17 @@ class Network:
 
     def _check_coverage(self) -> None:
         """Every parameter is one that the family names, or the model is not what we think it is."""
-        family, layer = self.family, "layers.*."
-        modules = [part.module for part in family.linears.values()]
+        family = self.family
         norms = [n for n in (family.attention_norm, family.mlp_norm, *family.post_norms) if n]
-        known = ["embed_tokens.weight", "norm.weight", "lm_head.weight"]
-        known += [f"{layer}{module}.{kind}" for module in modules for kind in ("weight", "bias")]
-        known += [f"{layer}{norm}.weight" for norm in norms] + [layer + name for name in family.untouched]
+        known = {"embed_tokens.weight", "norm.weight", "lm_head.weight"}
+        for i, layer in enumerate(self.model.base_model.layers):
+            parts = _parts_of(layer, family).values()
+            names = [f"{part.module}.{kind}" for part in parts for kind in (part.attribute, "bias")]
+            names += [f"{norm}.weight" for norm in norms] + list(family.untouched)
+            known.update(f"layers.{i}.{name}" for name in names)
         prefix = self.model.base_model_prefix + "."
         for name, _ in self.model.named_parameters():
-            if not any(fnmatch(name.removeprefix(prefix), pattern) for pattern in known):
+            if name.removeprefix(prefix) not in known:
                 raise SpinfoldError(
                     f"The model has a parameter that the family {family.name!r} does not know: {name}.",
                     "If it reads or writes a wire that a map passes, the folded model would be another function.",
@@ -292,10 +368,7 @@ class Network:
         for layer, module in zip(self.layers, twin.model.base_model.layers, strict=True):
             other = copy.copy(layer)
             other.module, other.wires = module, cast(nn.ModuleDict, module.wires)
-            other.linears = {
-                role: Linear(role, x.layer, x.name, cast(nn.Linear, twin.model.get_submodule(x.name)), x.rows)
-                for role, x in layer.linears.items()
-            }
+            other.foldable = [replace(x, module=twin.model.get_submodule(x.name)) for x in layer.foldable]
             names = (self.family.attention_norm, self.family.mlp_norm)
             other.attention_norm, other.mlp_norm = (n and module.get_submodule(n) for n in names)
             twin.layers.append(other)

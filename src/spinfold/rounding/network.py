@@ -4,12 +4,17 @@ For each layer, and in it for each wire in the order in which tokens meet them (
 runs on the calibration tokens up to that wire, with the online maps active and activations unquantized; the wire's
 second moment is the Hessian of every linear that reads it.
 
-Shapes: N windows, T tokens, B windows per batch, D residual width, O out features, I in features.
+An expert has a Hessian of its own, H_e, from the n_e tokens that are routed to it. With fewer tokens than inputs H_e is
+singular, so the mean H over the layer's experts stands in for the tokens that are missing:
+
+    H_e <- s H_e + (1 - s) H,    s = min(1, n_e / I)
+
+Shapes: N windows, T tokens, B windows per batch, D residual width, O out features, I in features, K experts of a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -33,11 +38,11 @@ _TOKENS_PER_BATCH = {"cuda": 32768, "cpu": 4096}
 
 @dataclass(frozen=True)
 class RoundedLinear:
-    """One linear on its grid. `error` and `nearest_error` are relative squared output errors,
-    tr(E H E^T) / tr(W H W^T), of this rounding and of rounding to nearest; None without a Hessian."""
+    """One linear, by its key in the layer, on its grid. `error` and `nearest_error` are relative squared output
+    errors, tr(E H E^T) / tr(W H W^T), of this rounding and of rounding to nearest; None without a Hessian."""
 
     layer: int
-    role: str
+    key: str
     weight: QuantizedWeight
     error: float | None = None
     nearest_error: float | None = None
@@ -45,8 +50,13 @@ class RoundedLinear:
 
     @property
     def name(self) -> str:
-        """Such as `layers.3.down`."""
-        return f"layers.{self.layer}.{self.role}"
+        """Such as `layers.3.down`, or `layers.3.down@5` of an expert."""
+        return f"layers.{self.layer}.{self.key}"
+
+    @property
+    def role(self) -> str:
+        """Such as `down`, whichever expert it is."""
+        return self.key.partition("@")[0]
 
 
 def round_network(
@@ -75,8 +85,9 @@ def round_network(
 
 
 def _place(layer: Layer, rounded: Sequence[RoundedLinear]) -> None:
+    linears = layer.linears
     for one in rounded:
-        w_OI = layer.linears[one.role].weight_OI
+        w_OI = linears[one.key].weight_OI
         w_OI.copy_(one.weight.dequantize())
 
 
@@ -84,7 +95,11 @@ def _nearest(network: Network, recipe: Recipe, start: int) -> Iterator[list[Roun
     assert recipe.weight_format is not None
     for layer in network.layers[start:]:
         rounded = [
-            RoundedLinear(x.layer, x.role, round_nearest(x.weight_OI, recipe.weight_format, recipe.clip_search))
+            RoundedLinear(
+                x.layer,
+                x.key,
+                round_nearest(x.weight_OI, recipe.weight_format, recipe.clip_search, scale_dtype=recipe.scale_dtype),
+            )
             for x in layer.linears.values()
         ]
         _place(layer, rounded)
@@ -105,8 +120,10 @@ def _gptq(network: Network, recipe: Recipe, ids_NT: Tensor | None, start: int) -
         if layer.index >= start:
             rounded: list[RoundedLinear] = []
             for wire, linears in layer.groups.items():
-                hessian_II = _second_moment(layer, wire, batches, kwargs, mode)
-                group = _round_group(linears, hessian_II, recipe)
+                experts = dict.fromkeys(x.expert for x in linears)
+                group: list[RoundedLinear] = []
+                for expert, hessian_II in _second_moments(layer, wire, experts, batches, kwargs, mode):
+                    group += _round_group([x for x in linears if x.expert == expert], hessian_II, recipe)
                 _place(layer, group)
                 rounded += group
             yield rounded
@@ -129,10 +146,11 @@ def _round_group(linears: Sequence[Linear], hessian_II: Tensor, recipe: Recipe) 
         damp=settings.damp,
         act_order=settings.act_order,
         block_size=settings.block_size,
+        scale_dtype=recipe.scale_dtype,
     )
     parts = whole.split([len(linear.weight_OI) for linear in linears])
     return [
-        RoundedLinear(x.layer, x.role, part, report.error, report.nearest_error, report.damping)
+        RoundedLinear(x.layer, x.key, part, report.error, report.nearest_error, report.damping)
         for x, part in zip(linears, parts, strict=True)
     ]
 
@@ -141,16 +159,20 @@ class _Enough(Exception):
     """The wire has been seen; the rest of the layer need not run."""
 
 
-def _second_moment(layer: Layer, wire: str, batches: Sequence[Tensor], kwargs: dict[str, Any], mode: str) -> Tensor:
-    """H = sum over tokens of x^T x on a wire, `(I, I)`."""
-    accumulator: HessianAccumulator | None = None
+def _second_moments(
+    layer: Layer,
+    wire: str,
+    experts: Iterable[int | None],
+    batches: Sequence[Tensor],
+    kwargs: dict[str, Any],
+    mode: str,
+) -> Iterator[tuple[int | None, Tensor]]:
+    """The Hessian `(I, I)` of what reads a wire; on the wires of experts that of each."""
+    seen: dict[int | None, HessianAccumulator] = {}
 
-    def note(_: nn.Module, __: Any, x_BTI: Tensor) -> None:
-        nonlocal accumulator
-        x_TI = x_BTI.flatten(0, -2).float()
-        accumulator = accumulator or HessianAccumulator(x_TI.shape[1], x_TI.device)
-        with precision("fp32", x_TI.device):
-            accumulator.add(x_TI)
+    def note(_: nn.Module, args: tuple[Tensor, ...], x: Tensor) -> None:
+        for expert, x_TI in _rows(x.float(), *args[1:]):
+            seen.setdefault(expert, HessianAccumulator(x_TI.shape[1], x_TI.device)).add(x_TI)
         raise _Enough
 
     handle = layer.wire(wire).register_forward_hook(note)
@@ -160,5 +182,24 @@ def _second_moment(layer: Layer, wire: str, batches: Sequence[Tensor], kwargs: d
                 layer(x_BTD, **kwargs)
     finally:
         handle.remove()
-    assert accumulator is not None
-    return accumulator.value()
+    if None in seen:
+        yield None, seen[None].value()
+        return
+    total = sum(one.count for one in seen.values())
+    mean_II = sum((one.value() * (one.count / total) for one in seen.values()), start=torch.zeros(()))
+    for expert in experts:
+        own = seen.pop(expert, None)
+        share = min(1.0, own.count / len(mean_II)) if own else 0.0
+        yield expert, own.value() * share + mean_II * (1 - share) if own else mean_II
+
+
+def _rows(x: Tensor, experts_TK: Tensor | None = None) -> Iterator[tuple[int | None, Tensor]]:
+    """What a wire carries, `(T, I)`; on the wires of experts what each of them reads."""
+    if experts_TK is None:
+        yield None, x.flatten(0, -2)
+        return
+    num_tokens, per_token = experts_TK.shape
+    x_KTI = x.reshape(-1, num_tokens, x.shape[-1]).expand(per_token, -1, -1)
+    experts_KT = experts_TK.T
+    for expert in experts_KT.unique().tolist():
+        yield expert, x_KTI[experts_KT == expert]
