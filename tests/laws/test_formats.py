@@ -272,10 +272,10 @@ class _Round(torch.autograd.Function):
         return grad
 
 
-def through_autograd(x, fmt):
+def through_autograd(x, fmt, clip):
     """Fake quantization with both roundings straight-through and everything else left to autograd."""
     x_Gg = fmt.split(x)
-    low, high = fmt.clip * x_Gg.amin(-1, keepdim=True).clamp(max=0), fmt.clip * x_Gg.amax(-1, keepdim=True).clamp(min=0)
+    low, high = clip * x_Gg.amin(-1, keepdim=True).clamp(max=0), clip * x_Gg.amax(-1, keepdim=True).clamp(min=0)
     scale = (torch.maximum(high, -low) if fmt.symmetric else high - low) / fmt.high
     scale = torch.where(scale == 0, 1.0, scale)
     zero = 0 if fmt.symmetric else _Round.apply(-low / scale).clamp(fmt.low, fmt.high)
@@ -285,14 +285,13 @@ def through_autograd(x, fmt):
 @pytest.mark.parametrize("clip", [1.0, 0.8, 0.5])
 @pytest.mark.parametrize("fmt", [IntFormat(b, s, g) for b in (2, 4) for s in (True, False) for g in (None, 8)], ids=str)
 def test_the_range_gradient_is_autograds(fmt, clip):
-    fmt = replace(fmt, clip=clip)
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(fmt.bits), dtype=torch.float64)
     x[1], x[2], x[3] = x[1].abs(), -x[2].abs(), 0
     grad = torch.randn(9, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     results = []
-    for quantize in (through_autograd, lambda x, fmt: fake_quantize(x, fmt, scale_gradient=True)):
-        leaf = x.clone().requires_grad_()
-        y = quantize(leaf, fmt)
-        results.append((y.detach(), *torch.autograd.grad(y, leaf, grad)))
+    for quantize in (through_autograd, lambda x, fmt, clip: fake_quantize(x, fmt, scale_gradient=True, clip=clip)):
+        leaf, ratio = x.clone().requires_grad_(), torch.tensor(clip, dtype=torch.float64, requires_grad=True)
+        y = quantize(leaf, fmt, ratio)
+        results.append((y.detach(), *torch.autograd.grad(y, (leaf, ratio), grad)))
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)

@@ -54,7 +54,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def test_fake_quantization(symmetric, num_bits, shape, group_size, dtype, clip):
     from spinfold.kernels.fake_quant import fake_quant
 
-    fmt = IntFormat(num_bits, symmetric, group_size, clip)
+    fmt = IntFormat(num_bits, symmetric, group_size)
     x = random(*shape)
     x[0] = (x[0] * 4).round() / 2  # ties
     rows = x.view(-1, shape[-1])
@@ -62,21 +62,22 @@ def test_fake_quantization(symmetric, num_bits, shape, group_size, dtype, clip):
     if len(rows) > 2:
         rows[1, 3], rows[2, 5] = float("nan"), float("inf")
     x = x.to(dtype)
-    y = fake_quant(x, fmt.group_of(shape[-1]), fmt.low, fmt.high, fmt.clip, fmt.symmetric)
-    assert torch.equal(bits(y), bits(_on_grid(x, fmt)))
+    ratio = torch.tensor(clip, device=DEVICE)
+    y = fake_quant(x, ratio, fmt.group_of(shape[-1]), fmt.low, fmt.high, fmt.symmetric)
+    assert torch.equal(bits(y), bits(_on_grid(x, ratio, fmt)))
 
 
 @direct
 @pytest.mark.parametrize(
     "fmt", [IntFormat(b, s, g, c) for b in (2, 4) for s in (True, False) for g, c in ((None, 1.0), (8, 0.7))], ids=str
 )
-def test_the_gradient_of_fake_quantization(fmt):
+def test_the_gradients_of_fake_quantization(fmt):
     from spinfold.kernels.fake_quant import fake_quant_gradient
 
     x, grad = random(7, 40, seed=1).requires_grad_(), random(7, 40, seed=2)
-    expected = _range_gradient(x.detach(), grad, fmt)
-    width = fmt.group_of(40)
-    actual = fake_quant_gradient(x.detach(), grad, width, fmt.low, fmt.high, fmt.clip, fmt.symmetric)
+    clip = torch.tensor(fmt.clip, device=DEVICE)
+    expected = _range_gradient(x.detach(), grad, clip, fmt)
+    actual = fake_quant_gradient(x.detach(), grad, clip, fmt.group_of(40), fmt.low, fmt.high, fmt.symmetric)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -271,3 +271,16 @@ def test_a_recipe_overrides_a_methods_defaults() -> None:
     assert LayerwiseSettings.of(Recipe().fit, default, "fp32") == default
     fit = Recipe().with_(fit__steps=0, fit__learning_rate=1.0, fit__step_rule="capped", fit__schedule="constant").fit
     assert LayerwiseSettings.of(fit, default, "fp32") == LayerwiseSettings(0, 1.0, "capped", "constant", "fp32")
+
+
+@pytest.mark.parametrize("bits", ["W4A4KV4", "W4A16", "W4A8", "W4A16KV4", "W16A4", "W16A16KV4", "W16A16"])
+def test_spinfold_fits_to_whatever_is_quantized(bits: str) -> None:
+    """Its maps move where something is rounded, and its clip ratios are learned on the wires that are quantized."""
+    recipe = recipe_of("spinfold", bits=bits, activations__clip="learned", kv__clip="learned")
+    maps, log = fit(tiny("llama"), recipe)
+    assert maps.explain()
+    assert bool(log.losses) == (bits != "W16A16")
+    wires = {name.partition(".")[2] for name in log.clips}
+    expected = {"qkv_input", "mlp_input", "attention_out", "down"} if recipe.activation_format else set()
+    assert wires == expected | ({"key", "value"} if recipe.kv_format else set())
+    assert all(0.3 <= ratio <= 1 for ratio in log.clips.values())

@@ -8,8 +8,8 @@ Shapes: N windows, B windows per step, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import cos, pi
 from typing import Literal, Protocol
 
@@ -53,10 +53,13 @@ class Schedule:
 
 @dataclass(frozen=True)
 class FitLog:
-    """The objective at every step, and how many windows were looked at."""
+    """What a fit leaves beside its maps: the objective at every step, how many windows were looked at, and the clip
+    ratios that it learned, by layer and wire (`runtime.Clips`).
+    """
 
     losses: tuple[float, ...] = ()
     samples: int = 0
+    clips: Mapping[str, float] = field(default_factory=dict)
 
 
 def fit_end_to_end(

@@ -18,6 +18,7 @@ from spinfold.networks import Network
 __all__ = ["distillation_loss", "next_token_loss"]
 
 _TOKENS_PER_CHUNK = 4096
+_NO_TARGET = -100
 
 
 def next_token_loss(network: Network, ids_BT: Tensor) -> Tensor:
@@ -30,25 +31,30 @@ def next_token_loss(network: Network, ids_BT: Tensor) -> Tensor:
     return _mean_over_chunks(of_chunk, hidden_PD, ids_BT[:, 1:].flatten())
 
 
-def distillation_loss(network: Network, head: nn.Linear, ids_BT: Tensor, original_BTD: Tensor) -> Tensor:
-    """Mean KL divergence in nats from the original, given by its head and what its head reads, to the network.
+def distillation_loss(
+    network: Network, head: nn.Linear, ids_BT: Tensor, original_BTD: Tensor, *, next_token: float = 0.0
+) -> Tensor:
+    """Mean KL divergence in nats from the original, given by its head and what its head reads, to the network; and
+    `next_token` times the cross-entropy of the text.
 
-    Every position counts, the last one too: unlike the next token, the original's answer is there.
+    Every position counts for the divergence, the last one too: unlike the next token, the original's answer is there.
     """
     hidden_PD = network.hidden(ids_BT).flatten(0, 1)
+    targets_P = F.pad(ids_BT[:, 1:], (0, 1), value=_NO_TARGET).flatten()
 
-    def of_chunk(h_PD: Tensor, o_PD: Tensor) -> Tensor:
+    def of_chunk(h_PD: Tensor, o_PD: Tensor, t_P: Tensor) -> Tensor:
         with torch.no_grad():
             logq_PV = network.finish(head(o_PD.to(h_PD.dtype))).float().log_softmax(-1)
         logp_PV = network.logits(h_PD).float().log_softmax(-1)
-        return F.kl_div(logp_PV, logq_PV, reduction="sum", log_target=True)
+        loss = F.kl_div(logp_PV, logq_PV, reduction="sum", log_target=True)
+        return loss + next_token * F.nll_loss(logp_PV, t_P, ignore_index=_NO_TARGET, reduction="sum")
 
-    return _mean_over_chunks(of_chunk, hidden_PD, original_BTD.flatten(0, 1))
+    return _mean_over_chunks(of_chunk, hidden_PD, original_BTD.flatten(0, 1), targets_P)
 
 
-def _mean_over_chunks(of_chunk: Callable[[Tensor, Tensor], Tensor], x_PD: Tensor, y_P: Tensor) -> Tensor:
-    total = torch.zeros((), device=x_PD.device)
-    for x, y in zip(x_PD.split(_TOKENS_PER_CHUNK), y_P.split(_TOKENS_PER_CHUNK), strict=True):
+def _mean_over_chunks(of_chunk: Callable[..., Tensor], *of_tokens: Tensor) -> Tensor:
+    total = torch.zeros((), device=of_tokens[0].device)
+    for chunk in zip(*(x.split(_TOKENS_PER_CHUNK) for x in of_tokens), strict=True):
         # Nothing here is random, and a generator's state can't be read inside a CUDA graph.
-        total = total + cast(Tensor, checkpoint(of_chunk, x, y, use_reentrant=False, preserve_rng_state=False))
-    return total / len(x_PD)
+        total = total + cast(Tensor, checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False))
+    return total / len(of_tokens[0])

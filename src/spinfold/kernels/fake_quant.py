@@ -18,9 +18,10 @@ __all__ = ["fake_quant", "fake_quant_gradient"]
 
 @triton.jit
 def _fake_quant(
-    x_ptr, y_ptr, num_rows, width, clip, q_low, q_high,
+    x_ptr, y_ptr, clip_ptr, num_rows, width, q_low, q_high,
     SYMMETRIC: tl.constexpr, TILE_R: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
+    clip = tl.load(clip_ptr)
     row_R = tl.program_id(0).to(tl.int64) * TILE_R + tl.arange(0, TILE_R)
     col_W = tl.arange(0, TILE_W)
     offset_RW = row_R[:, None] * width + col_W[None, :]
@@ -45,8 +46,11 @@ def _fake_quant(
     tl.store(y_ptr + offset_RW, y_RW.to(y_ptr.dtype.element_ty), mask=mask_RW)
 
 
-def fake_quant(x: Tensor, width: int, q_low: int, q_high: int, clip: float, symmetric: bool) -> Tensor:
-    """Fake-quantize each run of `width` neighbours of `x` (fp32, bf16 or fp16; width divides the last axis)."""
+def fake_quant(x: Tensor, clip: Tensor, width: int, q_low: int, q_high: int, symmetric: bool) -> Tensor:
+    """Fake-quantize each run of `width` neighbours of `x` (fp32, bf16 or fp16; width divides the last axis).
+
+    `clip` is one fp32 number on the device.
+    """
     x = x.contiguous()
     y = torch.empty_like(x)
     num_rows = x.numel() // width
@@ -56,7 +60,7 @@ def fake_quant(x: Tensor, width: int, q_low: int, q_high: int, clip: float, symm
     tile_r = max(1, 2048 // tile_w)
     # Fused multiply-add would round once where the definition rounds twice.
     _fake_quant[(triton.cdiv(num_rows, tile_r),)](
-        x, y, num_rows, width, float(clip), float(q_low), float(q_high), SYMMETRIC=symmetric,
+        x, y, clip, num_rows, width, float(q_low), float(q_high), SYMMETRIC=symmetric,
         TILE_R=tile_r, TILE_W=tile_w, num_warps=min(16, max(4, tile_w // 1024)), enable_fp_fusion=False,
     )  # fmt: skip
     return y
@@ -64,9 +68,10 @@ def fake_quant(x: Tensor, width: int, q_low: int, q_high: int, clip: float, symm
 
 @triton.jit
 def _gradient(
-    x_ptr, g_ptr, d_ptr, num_rows, width, clip, q_low, q_high,
+    x_ptr, g_ptr, d_ptr, by_clip_ptr, clip_ptr, num_rows, width, q_low, q_high,
     SYMMETRIC: tl.constexpr, TILE_R: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
+    clip = tl.load(clip_ptr)
     row_R = tl.program_id(0).to(tl.int64) * TILE_R + tl.arange(0, TILE_R)
     col_W = tl.arange(0, TILE_W)
     offset_RW = row_R[:, None] * width + col_W[None, :]
@@ -107,21 +112,26 @@ def _gradient(
         is_min_RW, (clip * by_low_R / tl.maximum(tl.sum(is_min_RW.to(tl.float32), axis=1), 1.0))[:, None], 0.0
     )
     tl.store(d_ptr + offset_RW, d_RW.to(d_ptr.dtype.element_ty), mask=mask_RW)
+    by_clip_R = by_high_R * tl.maximum(max_R, 0.0) + by_low_R * tl.minimum(min_R, 0.0)
+    tl.store(by_clip_ptr + row_R, by_clip_R, mask=row_R < num_rows)
 
 
 def fake_quant_gradient(
-    x: Tensor, grad: Tensor, width: int, q_low: int, q_high: int, clip: float, symmetric: bool
-) -> Tensor:
-    """The gradient with respect to `x` of `fake_quant` with range-dependent scales, roundings straight-through."""
+    x: Tensor, grad: Tensor, clip: Tensor, width: int, q_low: int, q_high: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients with respect to `x` and `clip` of `fake_quant` with range-dependent scales, roundings
+    straight-through.
+    """
     x, grad = x.contiguous(), grad.contiguous()
     out = torch.empty_like(x)
     num_rows = x.numel() // width
+    by_clip_R = torch.empty(num_rows, device=x.device)
     if num_rows == 0:
-        return out
+        return out, by_clip_R.sum()
     tile_w = triton.next_power_of_2(width)
     tile_r = max(1, 2048 // tile_w)
     _gradient[(triton.cdiv(num_rows, tile_r),)](
-        x, grad, out, num_rows, width, float(clip), float(q_low), float(q_high), SYMMETRIC=symmetric,
+        x, grad, out, by_clip_R, clip, num_rows, width, float(q_low), float(q_high), SYMMETRIC=symmetric,
         TILE_R=tile_r, TILE_W=tile_w, num_warps=min(16, max(4, tile_w // 1024)),
     )  # fmt: skip
-    return out
+    return out, by_clip_R.sum()

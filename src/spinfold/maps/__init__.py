@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from spinfold.maps.base import Cost, Map
 from spinfold.maps.composed import BlockDiagonal, Chain, Kronecker
-from spinfold.maps.hadamard import Hadamard, random_hadamard
+from spinfold.maps.hadamard import Hadamard, kronecker_hadamard, random_hadamard
 from spinfold.maps.hadamard_orders import factorise, hadamard_matrix, is_base_order
+from spinfold.maps.held import Dense, as_held
 from spinfold.maps.linear import (
     Diagonal,
     Identity,
@@ -35,6 +36,7 @@ __all__ = [
     "CayleySGD",
     "Chain",
     "Cost",
+    "Dense",
     "Diagonal",
     "Hadamard",
     "Identity",
@@ -46,6 +48,7 @@ __all__ = [
     "RiemannianAdam",
     "SiteMaps",
     "StepRule",
+    "as_held",
     "cayley",
     "cayley_step",
     "chain_of_bases",
@@ -53,6 +56,7 @@ __all__ = [
     "from_parts",
     "hadamard_matrix",
     "is_base_order",
+    "kronecker_hadamard",
     "low_rank_rotation",
     "orthogonality_gap",
     "procrustes",

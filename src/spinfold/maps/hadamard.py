@@ -18,10 +18,11 @@ from torch import Tensor
 
 from spinfold.errors import Verdict
 from spinfold.maps.base import Cost, Map
+from spinfold.maps.composed import Kronecker
 from spinfold.maps.hadamard_orders import factorise, hadamard_matrix
 from spinfold.maps.linear import check_width, compute_dtype, without_autocast
 
-__all__ = ["Hadamard", "random_hadamard"]
+__all__ = ["Hadamard", "kronecker_hadamard", "random_hadamard"]
 
 
 class Hadamard(Map):
@@ -120,6 +121,19 @@ class Hadamard(Map):
 def random_hadamard(size: int, seed: int) -> Hadamard:
     """diag(s) H / √n with signs drawn from `seed`; block-diagonal where no order is known."""
     return Hadamard(size, seed)
+
+
+def kronecker_hadamard(size: int) -> Map:
+    """H_a ⊗ H_b / √size with a b = size and a + b least: a start for two factors that are to be learned.
+
+    The whole Hadamard where no two orders other than 1 do it.
+    """
+    pairs = [(a, size // a) for a in range(2, size) if size % a == 0]
+    known = [pair for pair in pairs if all(factorise(order) is not None for order in pair)]
+    if not known:
+        return Hadamard(size)
+    left, right = min(known, key=sum)
+    return Kronecker(Hadamard(left), Hadamard(right))
 
 
 def _largest_known_block(size: int) -> tuple[int, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from spinfold.errors import SpinfoldError
 from spinfold.maps.base import Map
 from spinfold.maps.composed import BlockDiagonal, Chain, Kronecker
 from spinfold.maps.hadamard import Hadamard
+from spinfold.maps.held import Dense
 from spinfold.maps.linear import Diagonal, Identity, Orthogonal, Permutation
 from spinfold.maps.lowrank import LowRankCorrection
 
@@ -63,6 +64,7 @@ def _part(config: Config, tensors: Tensors, name: str) -> Map:
 _BUILDERS: dict[str, Callable[[Config, Tensors], Map]] = {
     "identity": lambda c, t: Identity(c["size"]),
     "orthogonal": lambda c, t: Orthogonal(t["R"]),
+    "dense": lambda c, t: Dense(t["M"]),
     "diagonal": lambda c, t: Diagonal(t["scale"]),
     "permutation": lambda c, t: Permutation(t["order"]),
     "hadamard": lambda c, t: Hadamard(

@@ -78,6 +78,15 @@ class SiteMaps:
             return Orthogonal(here.inverse().matrix() @ after.matrix())
         return None
 
+    @property
+    def exact(self) -> bool:
+        """Do the changes of basis on the skip connections lead from each basis to the next, to fp32 precision?"""
+        if self.skip is None or not isinstance(self.residual, tuple):
+            return True
+        steps = zip(self.residual, self.skip, self.residual[1:], strict=False)
+        gaps = ((here.matrix() @ skip.matrix() - after.matrix()).abs().max() for here, skip, after in steps)
+        return all(float(gap) < 1e-5 for gap in gaps)
+
     def each(self) -> list[tuple[str, Map]]:
         """All maps with a name, such as `value.3`."""
         named: list[tuple[str, Map]] = []

@@ -11,6 +11,7 @@ from spinfold.methods.quarot import QUAROT
 from spinfold.methods.respinquant import RESPINQUANT
 from spinfold.methods.smoothquant import SMOOTHQUANT
 from spinfold.methods.spinfold import SPINFOLD
+from spinfold.methods.spinout import SPINOUT
 from spinfold.methods.spinquant import SPINQUANT
 
 __all__ = ["METHODS", "FitTask", "Method"]
@@ -20,6 +21,7 @@ _ALL = (
     SMOOTHQUANT,
     QUAROT,
     SPINQUANT,
+    SPINOUT,
     RESPINQUANT,
     OPTROT,
     OPTROT_PLUS,

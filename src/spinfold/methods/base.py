@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from spinfold.errors import Verdict
 from spinfold.fitting.end_to_end import FitLog
 from spinfold.maps import SiteMaps
 from spinfold.networks import Network
 from spinfold.progress import Progress, Quiet
 from spinfold.recipe import Recipe
 
-__all__ = ["FitTask", "Method"]
+__all__ = ["QUANTIZERS", "FitTask", "Method"]
+
+QUANTIZERS = ("weights.symmetric", "group_size", "weight_format", "activations", "activation_format", "kv", "kv_format")
+"""What a fit reads, as `Method.reads`, that looks at the network as it will be quantized."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,13 @@ class FitTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A published way to choose the maps. `sites` are its own default; `allowed` are all that it can serve."""
+    """A published way to choose the maps. `sites` are its own default; `allowed` are all that it can serve.
+
+    `reads` names the attributes of a recipe that the fit looks at, besides method, sites, seed and compute: recipes
+    that agree in them have the same maps. A section's name stands for all of its fields; the default is all there is.
+    With `skips` the method needs an op on the skip connections. `suits` says, before a weight is read, if it can do
+    what a recipe asks.
+    """
 
     name: str
     summary: str
@@ -43,3 +53,6 @@ class Method:
     needs_data: bool = False
     needs_backprop: bool = False
     allowed: tuple[str, ...] = ("residual", "value", "query_key", "down")
+    reads: tuple[str, ...] = tuple(Recipe.model_fields)
+    skips: bool = False
+    suits: Callable[[Recipe], Verdict] = lambda _: Verdict(True)

@@ -55,5 +55,6 @@ DARTQUANT = Method(
     paper="arXiv 2511.04063",
     sites=("residual", "value", "query_key", "down"),
     fit=_fit,
+    reads=("fit", "calibration"),
     needs_data=True,
 )

@@ -66,5 +66,6 @@ DFROT = Method(
     paper="arXiv 2412.00648",
     sites=("residual", "value", "query_key", "down"),
     fit=_fit,
+    reads=("fit", "calibration", "activation_format"),
     needs_data=True,
 )

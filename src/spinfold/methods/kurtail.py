@@ -60,5 +60,6 @@ KURTAIL = Method(
     paper="arXiv 2503.01483",
     sites=("residual", "value", "query_key", "down"),
     fit=_fit,
+    reads=("fit", "calibration"),
     needs_data=True,
 )

@@ -13,4 +13,4 @@ def _fit(_: FitTask) -> tuple[SiteMaps, FitLog]:
     return SiteMaps(), FitLog()
 
 
-NONE = Method(name="none", summary="no rotation", paper="", sites=(), allowed=(), fit=_fit)
+NONE = Method(name="none", summary="no rotation", paper="", sites=(), allowed=(), fit=_fit, reads=())

@@ -64,16 +64,20 @@ def residual_term(network: Network, cost: Cost, layers_per_step: int) -> Term:
     drawn = min(layers_per_step, len(layers))
 
     def term(R_DD: Tensor, draws: torch.Generator) -> Tensor:
-        total = torch.zeros((), device=R_DD.device)
+        some: dict[tuple[str, ...], list[Layer]] = {}
         for _ in range(drawn):
             if not waiting:
                 waiting.extend(torch.randperm(len(layers), generator=draws).tolist())
             layer = layers[waiting.pop()]
-            for wire, linears in layer.groups.items():
+            some.setdefault(tuple(layer.linears), []).append(layer)
+        total = torch.zeros((), device=R_DD.device)
+        for alike in some.values():
+            for wire, linears in alike[0].groups.items():
+                w_LOI = torch.stack([torch.cat([x.weight_OI for x in layer.groups[wire]]) for layer in alike])
                 writes = wire in ("attention_out", "down")
-                weights = [x.weight_OI.to(R_DD.dtype) for x in linears]
-                rotated = [R_DD.mT @ w if writes else w @ R_DD for w in weights]
-                total = total + cost(wire, [layer.index], [w[None] for w in rotated], R_DD)
+                heights = [len(x.weight_OI) for x in linears]
+                rotated = [R_DD.mT @ w for w in w_LOI.split(heights, 1)] if writes else (w_LOI @ R_DD).split(heights, 1)
+                total = total + cost(wire, [layer.index for layer in alike], rotated, R_DD)
         return total * (len(layers) / drawn)
 
     return term
@@ -155,4 +159,5 @@ OPTROT = Method(
     paper="arXiv 2512.24124",
     sites=("residual", "value", "query_key", "down"),
     fit=_fit,
+    reads=("fit", "group_size"),
 )

@@ -15,7 +15,8 @@ Shapes: L layers, O out features, I in features, G groups of g neighbours, H hea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,9 +29,12 @@ from spinfold.fitting.row_objectives import feedback
 from spinfold.maps import BlockDiagonal, Map, SiteMaps
 from spinfold.methods.base import FitTask, Method
 from spinfold.methods.optrot import Cost, fit_to_weights
-from spinfold.recipe import Recipe
+from spinfold.recipe import Fit
 
-__all__ = ["OPTROT_PLUS", "error_bound"]
+__all__ = ["OPTROT_PLUS", "Bound", "error_bound", "fit_to_feedback"]
+
+Bound = Callable[[Tensor, Tensor], Tensor]
+"""`bound(weights, feedback)`: the error, a scalar, of rotated weights `(L, O, I)` with feedback `(L, I)`."""
 
 
 def error_bound(w_LOI: Tensor, variance_LI: Tensor, group_size: int | None, *, per_unit: bool) -> Tensor:
@@ -45,9 +49,8 @@ def error_bound(w_LOI: Tensor, variance_LI: Tensor, group_size: int | None, *, p
     return (norm_LOG * variance_LG[:, None]).sum()
 
 
-def _cost(moments: Mapping[str, Tensor], known: Mapping[str, Tensor], recipe: Recipe) -> Cost:
+def _cost(bound: Bound, moments: Mapping[str, Tensor], known: Mapping[str, Tensor], damp: float) -> Cost:
     """Feedback from `known` `(L, I)` by wire, or else from the wire's second moment `(L, I, I)`, turned by R."""
-    per_unit = choose(recipe.fit.objective, {"normalised": True, "literal": False}, "optrot-plus")
 
     def cost(wire: str, layers: Sequence[int], weights: Sequence[Tensor], R: Tensor) -> Tensor:
         index = torch.tensor(list(layers), device=R.device)
@@ -55,8 +58,8 @@ def _cost(moments: Mapping[str, Tensor], known: Mapping[str, Tensor], recipe: Re
             variance_LI = known[wire][index]
         else:
             with precision("fp32", R.device):  # coarser products lose the small eigenvalues that the factor is about
-                variance_LI = feedback(_turned(moments[wire][index], R), recipe.rounding.damp)
-        return torch.stack([error_bound(w, variance_LI, recipe.group_size, per_unit=per_unit) for w in weights]).sum()
+                variance_LI = feedback(_turned(moments[wire][index], R), damp)
+        return torch.stack([bound(w_LOI, variance_LI) for w_LOI in weights]).sum()
 
     return cost
 
@@ -76,8 +79,9 @@ def _in_basis(moment_LII: Tensor, maps: Sequence[Map | None]) -> Tensor:
     return torch.stack([one.apply(one.apply(h_II).mT) if one else h_II for h_II, one in pairs]).float()
 
 
-def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
-    recipe, layers = task.recipe, task.network.layers
+def fit_to_feedback(task: FitTask, bound: Bound, fit: Fit | None = None) -> tuple[SiteMaps, FitLog]:
+    """Residual, then value rotations that lower `bound`, summed over all weights; `fit` as in `fit_to_weights`."""
+    recipe, layers, damp = task.recipe, task.network.layers, task.recipe.rounding.damp
     ids_WT = task.windows(recipe.fit.seq_len or recipe.calibration.seq_len, recipe.calibration.samples)
     wires = ("qkv_input", "attention_out", "mlp_input", "down")
     moments = second_moments(task.network, ids_WT, wires, compute=recipe.compute, progress=task.progress)
@@ -90,13 +94,20 @@ def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
             "attention_out": [(one := here.at("value", x.index)) and BlockDiagonal(one, x.num_heads) for x in layers],
             "down": [here.at("down", x.index) for x in layers],
         }
-        return {wire: feedback(_in_basis(moments[wire], basis[wire]), recipe.rounding.damp) for wire in wanted}
+        return {wire: feedback(_in_basis(moments[wire], basis[wire]), damp) for wire in wanted}
 
     return fit_to_weights(
         task,
-        lambda maps: _cost(moments, known(maps, "attention_out", "down"), recipe),
-        lambda maps: _cost(moments, known(maps, "qkv_input"), recipe),
+        lambda maps: _cost(bound, moments, known(maps, "attention_out", "down"), damp),
+        lambda maps: _cost(bound, moments, known(maps, "qkv_input"), damp),
+        fit,
     )
+
+
+def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
+    fit, group_size = task.recipe.fit, task.recipe.group_size
+    per_unit = choose(fit.objective, {"normalised": True, "literal": False}, "optrot-plus")
+    return fit_to_feedback(task, partial(error_bound, group_size=group_size, per_unit=per_unit))
 
 
 OPTROT_PLUS = Method(
@@ -105,5 +116,6 @@ OPTROT_PLUS = Method(
     paper="arXiv 2512.24124",
     sites=("residual", "value", "query_key", "down"),
     fit=_fit,
+    reads=("fit", "calibration", "group_size", "rounding.damp"),
     needs_data=True,
 )

@@ -21,12 +21,12 @@ __all__ = ["QUAROT", "hadamard_maps"]
 def hadamard_maps(task: FitTask, *, random_value: bool = False) -> SiteMaps:
     """A Hadamard at each of the task's sites: seeded signs at the residual and, if asked, the value site."""
     layers, seed = task.network.layers, task.recipe.seed
-    head_dim, mlp_width = layers[0].head_dim, layers[0].linears["down"].weight_OI.shape[1]
+    head_dim = layers[0].head_dim
     maps = SiteMaps(
         residual=Hadamard(task.network.hidden_size, seed=seed),
         value=tuple(Hadamard(head_dim, seed=seed + 1 + x.index if random_value else None) for x in layers),
         query_key=tuple(Hadamard(head_dim) for _ in layers),
-        down=tuple(Hadamard(mlp_width) for _ in layers),
+        down=tuple(Hadamard(x.mlp_width) for x in layers),
     )
     return SiteMaps(**{site: getattr(maps, site) for site in task.sites})
 
@@ -41,4 +41,5 @@ QUAROT = Method(
     paper="arXiv 2404.00456",
     sites=("residual", "value", "query_key", "down"),
     fit=_fit,
+    reads=(),
 )

@@ -22,7 +22,6 @@ Shapes: D residual width, H head_dim, B matrices of one kind.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from spinfold.fitting.end_to_end import FitLog
 from spinfold.maps import Identity, Map, Orthogonal, SiteMaps, chain_of_bases, low_rank_rotation
-from spinfold.methods.base import FitTask, Method
+from spinfold.methods.base import QUANTIZERS, FitTask, Method
 from spinfold.methods.quarot import hadamard_maps
 from spinfold.methods.spinquant import fit_on_loss, settled
 
@@ -42,23 +41,22 @@ _RANK = 32
 
 
 def learnable_boundaries(maps: SiteMaps, num_layers: int, device: torch.device) -> tuple[SiteMaps, list[Tensor]]:
-    """The maps on `device` with one residual basis per boundary, all equal to the one given; and what is to be learned:
-    the residual bases `(2L, D, D)` and the value rotations `(L, H, H)`, each kind one leaf, stepped as a batch.
+    """The maps on `device` with one residual basis per boundary, all equal to the one given; and the matrices that are
+    to be learned: the residual bases and the value rotations. Each is a leaf of its own, since the views of a common
+    one would take part in every capture of a CUDA graph.
     """
     learned: list[Tensor] = []
 
-    def leaf(starts: Sequence[Map]) -> tuple[Orthogonal, ...]:
-        stack_BNN = torch.stack([one.matrix().float() for one in starts]).to(device).requires_grad_()
-        learned.append(stack_BNN)
-        # by index: the views that iterating gives can't be used after a step
-        return tuple(Orthogonal(stack_BNN[i]) for i in range(len(starts)))
+    def leaf(start: Map) -> Orthogonal:
+        learned.append(start.matrix().float().to(device).requires_grad_())
+        return Orthogonal(learned[-1])
 
     here = maps.to(device)
     if isinstance(here.residual, Map):
-        bases = leaf([here.residual] * (2 * num_layers))
+        bases = tuple(leaf(here.residual) for _ in range(2 * num_layers))
         here = replace(here, residual=(*bases, bases[-1]))
     if here.value is not None:
-        here = replace(here, value=leaf(here.value))
+        here = replace(here, value=tuple(leaf(one) for one in here.value))
     return here, learned
 
 
@@ -96,6 +94,8 @@ RESPINQUANT = Method(
     paper="arXiv 2604.11080",
     sites=("residual", "value", "query_key", "down"),
     fit=_fit,
+    reads=("fit", "calibration", *QUANTIZERS),
     needs_data=True,
     needs_backprop=True,
+    skips=True,
 )

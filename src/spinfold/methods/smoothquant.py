@@ -48,5 +48,6 @@ SMOOTHQUANT = Method(
     sites=("qkv_input", "mlp_input"),
     allowed=("qkv_input", "mlp_input"),
     fit=_fit,
+    reads=("fit", "calibration"),
     needs_data=True,
 )

@@ -1,18 +1,22 @@
 """spinfold's own method: maps fitted to the rounding error that the chosen formats really cause, then to the original.
 
-    1. layer by layer, from random Hadamards, no back-propagation through the network:
-           min over orthogonal M of  mean ||x M - Q(x M)||^2      at each site, Q being the site's own quantizer
-       residual: what all norms give, one basis for all; with `fit.rank` above 0 then one basis per block boundary,
-       started there; value and query_key: per layer, what the KV cache stores. With floating-point activations the
-       rows of the rotated weights stand in for x M.
-    2. end to end, `fit.steps` steps (0: none): all of these together, by Cayley SGD on
+    1. layer by layer, from random Hadamards, no back-propagation through the network. Where activations (for value and
+       query_key: the cache) have no more bits than weights, a rotation is fitted to what flows along its own wires:
+           min over orthogonal M of  mean ‖x M - Q(x M)‖²,  Q the site's own quantizer
+       residual: what all norms give, one basis for all; with `fit.rank` above 0 then one per block boundary, started
+       there; value and query_key: per layer, what the KV cache stores. Elsewhere residual and value are fitted to the
+       error that GPTQ leaves in the weights:
+           min over R of  Σ_W Σ_rows ε(w̃) Σ_i D_i,  ε the mean squared rounding error of a row, D as in OptRot+
+    2. end to end, `fit.steps` steps (0: none, as by default where weights are the coarsest), by Cayley SGD on
            KL(original || quantized network)
+       all of these maps together, the Kronecker factors of the down map, and the clip ratios if the recipe says so.
     3. with bases per boundary, an exact chain of changes of basis of at most `fit.rank` (see methods/respinquant.py).
 
-Gradients see that a grid's scale follows the range of its row; that is what tells a rotation to even out a row. The
-down site keeps its Hadamard.
+Gradients see that a grid's scale follows the range of its row; that is what tells a rotation to even out a row. At the
+down site stands a Kronecker product of two small Hadamards, which costs a few products more than one Hadamard and can
+be learned (FlatQuant's form, arXiv 2410.09426, kept orthogonal); the whole Hadamard if nothing is learned end to end.
 
-Shapes: L layers, S captured rows, D residual width, H head_dim.
+Shapes: L layers, S captured rows, D residual width, H head_dim, F MLP width.
 """
 
 from __future__ import annotations
@@ -22,20 +26,19 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from spinfold.fitting.capture import Captured, capture, pooled
 from spinfold.fitting.end_to_end import FitLog
 from spinfold.fitting.layerwise import LayerwiseSettings, dense, fit_layerwise, rows_term
 from spinfold.fitting.row_objectives import rounding_error
 from spinfold.formats import IntFormat
-from spinfold.maps import Map, Orthogonal, SiteMaps
-from spinfold.methods.base import FitTask, Method
-from spinfold.methods.optrot import fit_to_weights, total_of
+from spinfold.maps import Map, Orthogonal, SiteMaps, kronecker_hadamard
+from spinfold.methods.base import QUANTIZERS, FitTask, Method
+from spinfold.methods.optrot_plus import fit_to_feedback
 from spinfold.methods.quarot import hadamard_maps
 from spinfold.methods.respinquant import joined
 from spinfold.methods.spinquant import fit_on_loss, learnable, settled
-from spinfold.recipe import Fit
+from spinfold.recipe import Bits, Fit
 
 __all__ = ["SPINFOLD"]
 
@@ -46,37 +49,49 @@ _NORMS = ("qkv_input", "mlp_input")
 
 
 def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
-    fit, recipe = task.recipe.fit, task.recipe
-    start = hadamard_maps(task, random_value=True)
-    learned_sites = [site for site in ("residual", "value", "query_key") if site in start.sites]
-    if recipe.activation_format or recipe.kv_format:
-        maps, log = _fit_to_wires(task, start)
-    elif recipe.weight_format:
-        cost = total_of(partial(rounding_error, format=recipe.weight_format))
-        maps, log = fit_to_weights(task, lambda _: cost, lambda _: cost, fit=Fit())
-        learned_sites = [site for site in learned_sites if site != "query_key"]
-    else:
-        return start, FitLog()
-    if fit.steps != 0:
-        free, learned = learnable(maps, task.network.device, learned_sites)
-        log = fit_on_loss(task, free, learned, distil=True, learning_rate=0.05)
-        maps = settled(free, maps, learned_sites)
+    recipe = task.recipe
+    bits = Bits.parse(recipe.bits)
+    if min(bits) == 16:
+        return hadamard_maps(task, random_value=True), FitLog()
+    maps, log = hadamard_maps(task, random_value=True), FitLog()
+    by_weights = bits.weights < bits.activations
+    if by_weights:
+        maps, log = _fit_to_weights(task)
+    if not by_weights or bits.kv <= bits.weights:
+        maps, log = _fit_to_wires(task, maps, log, residual=not by_weights)
+    if recipe.fit.steps or (recipe.fit.steps is None and not by_weights):
+        if maps.down is not None:
+            maps = replace(maps, down=tuple(kronecker_hadamard(one.size) for one in maps.down))
+        free, learned = learnable(maps, task.network.device, maps.sites)
+        log = fit_on_loss(task, free, learned, loss="kl", learning_rate=0.05)
+        maps = settled(free, maps, maps.sites)
     if isinstance(maps.residual, tuple):
         with task.progress.stage("join bases"):
-            maps = joined(maps, fit.rank or 0)
+            maps = joined(maps, recipe.fit.rank or 0)
     return maps, log
 
 
-def _fit_to_wires(task: FitTask, start: SiteMaps) -> tuple[SiteMaps, FitLog]:
-    """The layer-wise part where activations or the KV cache are quantized."""
-    recipe, network = task.recipe, task.network
+def _fit_to_weights(task: FitTask) -> tuple[SiteMaps, FitLog]:
+    """The layer-wise part where weights are the coarsest."""
+    format = task.recipe.weight_format
+    assert format is not None
+
+    def left_by_gptq(w_LOI: torch.Tensor, variance_LI: torch.Tensor) -> torch.Tensor:
+        error_LOG = rounding_error(format.split(w_LOI), replace(format, group_size=None))
+        return (error_LOG * format.split(variance_LI).sum(-1)[:, None]).sum()
+
+    return fit_to_feedback(task, left_by_gptq, fit=Fit())
+
+
+def _fit_to_wires(task: FitTask, start: SiteMaps, log: FitLog, *, residual: bool) -> tuple[SiteMaps, FitLog]:
+    """The layer-wise part where activations, if `residual`, or the KV cache are no finer than weights."""
+    recipe, network, maps = task.recipe, task.network, start
     ids_NT = task.windows(recipe.calibration.seq_len, _WINDOWS)
-    wires = [*_NORMS, "value", "key"]
+    wires = (*(_NORMS if residual else ()), "value", "key")
     captured = capture(network, ids_NT, wires, recipe.fit.tokens or _TOKENS, recipe.seed, task.progress)
     layers = range(len(network.layers))
-    maps, log = start, FitLog()
-    if isinstance(start.residual, Map) and recipe.activation_format:
-        quantizer = recipe.activation_format
+    quantizer = recipe.activation_format
+    if residual and isinstance(start.residual, Map) and quantizer is not None:
         first = dense(start.residual, network.device)
         R_DD, losses = _rotate(task, first, pooled(captured, *_NORMS), quantizer, _GLOBAL, "fit residual basis")
         log, maps = FitLog(losses, len(ids_NT)), replace(maps, residual=Orthogonal(R_DD))
@@ -107,14 +122,14 @@ def _rotate_heads(
 
 def _rotate(
     task: FitTask,
-    first: Tensor,
-    rows: Tensor,
+    first: torch.Tensor,
+    rows: torch.Tensor,
     quantizer: IntFormat,
     settings: LayerwiseSettings,
     label: str,
     *,
     rows_per_step: int = _ROWS,
-) -> tuple[Tensor, tuple[float, ...]]:
+) -> tuple[torch.Tensor, tuple[float, ...]]:
     term = rows_term(rows, partial(rounding_error, format=quantizer), min(rows_per_step, rows.shape[-2]))
     return fit_layerwise(first, term, settings, seed=task.recipe.seed, progress=task.progress, label=label)
 
@@ -125,6 +140,7 @@ SPINFOLD = Method(
     paper="",
     sites=("residual", "value", "query_key", "down"),
     fit=_fit,
+    reads=("fit", "calibration", "bits", "rounding.damp", *QUANTIZERS),
     needs_data=True,
     needs_backprop=True,
 )

@@ -22,16 +22,18 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from spinfold.compute import pick_precision, precision
-from spinfold.fitting.end_to_end import FitLog, Schedule, fit_end_to_end
+from spinfold.fitting.clipping import CLIP_WINDOWS, LearnedClips, search_clips
+from spinfold.fitting.end_to_end import FitLog, Optimizer, Schedule, fit_end_to_end
 from spinfold.fitting.objectives import distillation_loss, next_token_loss
 from spinfold.formats import IntFormat
-from spinfold.maps import CayleySGD, Map, Orthogonal, SiteMaps, project
-from spinfold.methods.base import FitTask, Method
+from spinfold.maps import CayleySGD, Kronecker, Map, Orthogonal, SiteMaps, project
+from spinfold.methods.base import QUANTIZERS, FitTask, Method
 from spinfold.methods.quarot import hadamard_maps
 from spinfold.networks import Network
 from spinfold.recipe import Recipe
@@ -46,10 +48,14 @@ _TOKENS_PER_BATCH = 16384
 def learnable(
     maps: SiteMaps, device: torch.device, sites: Sequence[str] = ("residual", "value")
 ) -> tuple[SiteMaps, list[Tensor]]:
-    """The maps on `device`, those at `sites` as dense matrices that take gradients; and these matrices."""
+    """The maps on `device`, those at `sites` as dense matrices (Kronecker products of them) that take gradients; and
+    these matrices.
+    """
     learned: list[Tensor] = []
 
-    def leaf(one: Map) -> Orthogonal:
+    def leaf(one: Map) -> Map:
+        if isinstance(one, Kronecker):
+            return Kronecker(leaf(one.left), leaf(one.right))
         learned.append(one.matrix().float().to(device).requires_grad_())
         return Orthogonal(learned[-1])
 
@@ -67,6 +73,8 @@ def settled(fitted: SiteMaps, start: SiteMaps, sites: Sequence[str] = ("residual
     """`start` with what was learned at `sites`, brought back to the orthogonal group in fp64."""
 
     def nearest(one: Map) -> Map:
+        if isinstance(one, Kronecker):
+            return Kronecker(nearest(one.left), nearest(one.right))
         return Orthogonal(project(one.R_NN.detach().double())) if isinstance(one, Orthogonal) else one
 
     clean = fitted.each_replaced(nearest, sites)
@@ -74,11 +82,18 @@ def settled(fitted: SiteMaps, start: SiteMaps, sites: Sequence[str] = ("residual
 
 
 def fit_on_loss(
-    task: FitTask, maps: SiteMaps, learned: Sequence[Tensor], *, distil: bool = False, learning_rate: float = 0.1
+    task: FitTask,
+    maps: SiteMaps,
+    learned: Sequence[Tensor],
+    *,
+    loss: Literal["next_token", "kl", "both"] = "next_token",
+    learning_rate: float = 0.1,
 ) -> FitLog:
-    """Move the matrices `learned`, which `maps` are made of, in place: the recipe's fit on the next-token loss.
+    """Move the matrices `learned`, which `maps` are made of, in place: an end-to-end fit by the recipe.
 
-    With `distil` the objective is the KL divergence from the network as it is without quantizers.
+    The loss, unless the recipe names another: the cross-entropy of the next token, the KL divergence from the network
+    as it is without quantizers, or the sum of both. Clip ratios that the
+    recipe leaves to a search are those of the maps as they are given, and learned from there if it says so.
     """
     fit, network = task.recipe.fit, task.network
     mode, weights = _precision(task), _weight_format(task.recipe)
@@ -88,17 +103,27 @@ def fit_on_loss(
         decay=fit.schedule or "linear",
         checkpointing=fit.checkpointing,
     )
-    optimizer = CayleySGD(learned, fit.learning_rate or learning_rate, fit.step_rule or "spectral", fit.clip_grad_norm)
+    rate, rule = fit.learning_rate or learning_rate, fit.step_rule or "spectral"
+    optimizers: list[Optimizer] = [CayleySGD(learned, rate, rule, fit.clip_grad_norm)]
     ids_NT = task.windows(fit.seq_len or task.recipe.calibration.seq_len, schedule.steps * schedule.batch)
-    data, loss = [ids_NT], partial(next_token_loss, network)
-    if distil:
+    data, objective = [ids_NT], partial(next_token_loss, network)
+    if (name := fit.loss or loss) != "next_token":
         data.append(_hidden(network, ids_NT, mode))
-        loss = partial(distillation_loss, network, copy.deepcopy(network.head))
-    take_off = [quantize_wires(network, task.recipe, maps, scale_gradient=fit.scale_gradient is not False)]
+        head, next_token = copy.deepcopy(network.head), float(name == "both")
+        objective = partial(distillation_loss, network, head, next_token=next_token)
+    clips = search_clips(network, task.recipe, ids_NT[:CLIP_WINDOWS], maps, task.progress)
+    open_clips = {name: c for name, c in clips.items() if task.recipe.clip_of(name.partition(".")[2]) == "learned"}
+    learned_clips = LearnedClips(open_clips, network.device) if open_clips else None
+    if learned_clips:
+        optimizers.append(learned_clips)
+        clips = {**clips, **learned_clips.leaves}
+    scale_gradient = fit.scale_gradient is not False
+    take_off = [quantize_wires(network, task.recipe, maps, clips=clips, scale_gradient=scale_gradient)]
     if weights is not None:
         take_off.append(round_weights_through(network, weights, maps))
     try:
-        return fit_end_to_end(network, loss, data, [optimizer], schedule, mode, task.progress)
+        log = fit_end_to_end(network, objective, data, optimizers, schedule, mode, task.progress)
+        return replace(log, clips=learned_clips.settled()) if learned_clips else log
     finally:
         for undo in take_off:
             undo()
@@ -139,6 +164,7 @@ SPINQUANT = Method(
     paper="arXiv 2405.16406",
     sites=("residual", "value", "query_key", "down"),
     fit=_fit,
+    reads=("fit", "calibration", *QUANTIZERS),
     needs_data=True,
     needs_backprop=True,
 )

@@ -5,7 +5,8 @@ Shapes: ... leading axes, N the wire's last axis.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -17,7 +18,19 @@ from spinfold.maps import BlockDiagonal, Map, SiteMaps
 from spinfold.networks import Layer, Network
 from spinfold.recipe import Recipe
 
-__all__ = ["OnlineMap", "Quantize", "maps_around", "quantize_wires", "round_weights_through"]
+__all__ = [
+    "Clips",
+    "OnlineMap",
+    "Quantize",
+    "maps_around",
+    "quantize_wires",
+    "quantized_wires",
+    "round_weights_through",
+]
+
+
+Clips = Mapping[str, float | Tensor]
+"""The share of a token's range that the grid covers, by layer and wire, as in `3.down`; a tensor takes gradients."""
 
 
 class OnlineMap(nn.Module):
@@ -46,43 +59,56 @@ class Quantize(nn.Module):
     quantization: each token's nearest grid point, the grid taken from the token itself.
     """
 
-    def __init__(self, format: IntFormat, map: Map | None = None, *, scale_gradient: bool = False) -> None:
+    def __init__(
+        self, format: IntFormat, map: Map | None = None, *, clip: Tensor | None = None, scale_gradient: bool = False
+    ) -> None:
         super().__init__()
-        self.format, self.map, self.scale_gradient = format, map, scale_gradient
+        self.format, self.map, self.clip, self.scale_gradient = format, map, clip, scale_gradient
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.map is None:
-            return fake_quantize(x, self.format, scale_gradient=self.scale_gradient)
-        y = fake_quantize(self.map.apply(x), self.format, scale_gradient=self.scale_gradient)
-        return self.map.inverse().apply(y)
+        y = x if self.map is None else self.map.apply(x)
+        y = fake_quantize(y, self.format, clip=self.clip, scale_gradient=self.scale_gradient)
+        return y if self.map is None else self.map.inverse().apply(y)
+
+
+def quantized_wires(layer: Layer, recipe: Recipe, maps: SiteMaps) -> dict[str, tuple[IntFormat, Map | None]]:
+    """The wires of a layer that the recipe quantizes: the grid, and the map through which the quantizer acts."""
+    value, query_key, down = (maps.at(site, layer.index) for site in ("value", "query_key", "down"))
+    wires: dict[str, tuple[IntFormat | None, Map | None]] = {
+        "qkv_input": (recipe.activation_format, maps.norm_output_at(2 * layer.index)),
+        "mlp_input": (recipe.activation_format, maps.norm_output_at(2 * layer.index + 1)),
+        "attention_out": (recipe.attention_out_format(layer.head_dim), value and BlockDiagonal(value, layer.num_heads)),
+        "down": (recipe.activation_format, down),
+        "key": (recipe.kv_format, query_key),
+        "value": (recipe.kv_format, value),
+    }
+    return {wire: (format, map) for wire, (format, map) in wires.items() if format is not None}
 
 
 def quantize_wires(
-    network: Network, recipe: Recipe, maps: SiteMaps | None = None, *, scale_gradient: bool = False
+    network: Network,
+    recipe: Recipe,
+    maps: SiteMaps | None = None,
+    *,
+    clips: Clips | None = None,
+    scale_gradient: bool = False,
 ) -> Callable[[], None]:
     """Put the recipe's activation and KV quantizers on the wires; returns the function that takes them off again.
 
     With `maps`, which are not folded into the network, each acts through its site's map. The stream itself then keeps
-    its basis, so residual bases that differ need no change between them here. `scale_gradient` is for fits, see
+    its basis, so residual bases that differ need no change between them here. `clips` has the clip ratios that the
+    recipe leaves to a search or a fit (`fitting.clipping`). `scale_gradient` is for fits, see
     `formats.fake_quantize`.
     """
-    maps = maps or SiteMaps()
     placed: list[nn.ModuleList] = []
     for layer in network.layers:
-        value, query_key, down = (maps.at(site, layer.index) for site in ("value", "query_key", "down"))
-        heads = value and BlockDiagonal(value, layer.num_heads)
-        for wire, format, map in (
-            ("qkv_input", recipe.activation_format, maps.norm_output_at(2 * layer.index)),
-            ("mlp_input", recipe.activation_format, maps.norm_output_at(2 * layer.index + 1)),
-            ("attention_out", recipe.attention_out_format(layer.head_dim), heads),
-            ("down", recipe.activation_format, down),
-            ("key", recipe.kv_format, query_key),
-            ("value", recipe.kv_format, value),
-        ):
-            if format is not None:
-                ops = layer.wire(wire).ops
-                ops.append(Quantize(format, map, scale_gradient=scale_gradient))
-                placed.append(ops)
+        for wire, (format, map) in quantized_wires(layer, recipe, maps or SiteMaps()).items():
+            ratio = (clips or {}).get(f"{layer.index}.{wire}", format.clip)
+            clip = ratio if isinstance(ratio, Tensor) else None
+            format = format if isinstance(ratio, Tensor) else replace(format, clip=ratio)
+            ops = layer.wire(wire).ops
+            ops.append(Quantize(format, map, clip=clip, scale_gradient=scale_gradient))
+            placed.append(ops)
 
     def take_off() -> None:
         for ops in placed:
@@ -95,7 +121,7 @@ def maps_around(layer: Layer, role: str, maps: SiteMaps) -> tuple[Map | None, Ma
     """The map on what a linear reads and the map on what it writes; None where there is none."""
     here, value = 2 * layer.index, maps.at("value", layer.index)
     reads = dict.fromkeys(("q", "k", "v"), maps.norm_output_at(here))
-    reads |= dict.fromkeys(("gate", "up"), maps.norm_output_at(here + 1))
+    reads |= dict.fromkeys(("router", "gate", "up"), maps.norm_output_at(here + 1))
     reads |= {"o": value and BlockDiagonal(value, layer.num_heads), "down": maps.at("down", layer.index)}
     writes = {"o": maps.residual_at(here + 1), "down": maps.residual_at(here + 2)}
     writes |= {"v": value and BlockDiagonal(value, layer.num_kv_heads)}
@@ -103,14 +129,15 @@ def maps_around(layer: Layer, role: str, maps: SiteMaps) -> tuple[Map | None, Ma
 
 
 class _RoundRows(nn.Module):
-    """A parametrization W -> B Q(B^T W A^-T) A^T of a module's weight, part by part: rounding seen through maps."""
+    """A parametrization W -> B Q(B^T W A^-T) A^T of a parameter, rows by rows: rounding seen through maps."""
 
     def __init__(self, parts: list[tuple[slice, Map | None, Map | None]], format: IntFormat) -> None:
         super().__init__()
-        self.parts, self.format = parts, format
+        self.parts, self.format = sorted(parts, key=lambda part: part[0].start), format
 
-    def forward(self, w_OI: Tensor) -> Tensor:
-        return torch.cat([self._round(w_OI[rows], read, write) for rows, read, write in self.parts])
+    def forward(self, weight: Tensor) -> Tensor:
+        w_OI = weight.flatten(0, -2)
+        return torch.cat([self._round(w_OI[rows], read, write) for rows, read, write in self.parts]).view_as(weight)
 
     def _round(self, w_OI: Tensor, read: Map | None, write: Map | None) -> Tensor:
         if read is not None:
@@ -128,15 +155,16 @@ def round_weights_through(network: Network, format: IntFormat, maps: SiteMaps) -
 
     Returns the function that takes the rounding off again. Row grids are dynamic: they follow the maps.
     """
-    modules: dict[nn.Module, list[tuple[slice, Map | None, Map | None]]] = {}
+    parts_of: dict[tuple[nn.Module, str], list[tuple[slice, Map | None, Map | None]]] = {}
     for layer in network.layers:
-        for role, linear in layer.linears.items():
-            modules.setdefault(linear.module, []).append((linear.rows, *maps_around(layer, role, maps)))
-    for module, parts in modules.items():
-        parametrize.register_parametrization(module, "weight", _RoundRows(parts, format), unsafe=True)
+        for linear in layer.linears.values():
+            part = linear.rows, *maps_around(layer, linear.role, maps)
+            parts_of.setdefault((linear.module, linear.attribute), []).append(part)
+    for (module, attribute), parts in parts_of.items():
+        parametrize.register_parametrization(module, attribute, _RoundRows(parts, format), unsafe=True)
 
     def take_off() -> None:
-        for module in modules:
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        for module, attribute in parts_of:
+            parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
 
     return take_off
