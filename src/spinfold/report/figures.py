@@ -10,6 +10,7 @@ and the dark scheme; text that comes from outside is escaped, since Plotly reads
 | `curve`       | a fit's loss over its steps                                      |
 | `bars`        | one quantity per named thing, from zero                          |
 | `dots`        | one small quantity per named thing, logarithmic                  |
+| `pareto`      | what an error costs: named points, and those that none beats     |
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 
 from spinfold.evaluation.outliers import Surface
 
-__all__ = ["Figure", "bars", "curve", "decibels", "dots", "lines", "surface", "value_range"]
+__all__ = ["Figure", "bars", "curve", "decibels", "dots", "front", "lines", "pareto", "surface", "value_range"]
 
 Figure = dict[str, Any]
 Number = float | int | None
@@ -159,6 +160,61 @@ def dots(values: Mapping[str, float], unit: str, *, reference: float) -> Figure:
     shapes = [line | {"line": {"color": TEXT, "width": 1, "dash": "dot"}}]
     layout = _layout(110 + 26 * len(values)) | {"xaxis": horizontal, "yaxis": _names(), "shapes": shapes}
     return {"data": [trace], "layout": layout}
+
+
+def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names of the points `(cost, error)` that no other point is better than in one and as good in the other; of
+    equal points the first. The cheapest comes first.
+    """
+    best, names = math.inf, list[str]()
+    for name, (_, error) in sorted(points.items(), key=lambda item: item[1]):
+        if error < best:
+            best = error
+            names.append(name)
+    return names
+
+
+def pareto(points: Mapping[str, tuple[float, float]], cost: str, error: str) -> Figure:
+    """Named points `(cost, error)` and the steps of their front. Axes are logarithmic where all values are positive."""
+    best = front(points)
+    steps = [points[name] for name in best]
+    traces: list[Figure] = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "x": [_short(x) for x, _ in steps],
+            "y": [_short(y) for _, y in steps],
+            "line": {"color": AFTER, "width": 1.5, "shape": "hv"},
+            "hoverinfo": "skip",
+        }
+    ]
+    for names, color, mark in (
+        ([name for name in points if name not in best], BEFORE, "circle"),
+        (best, AFTER, "diamond"),
+    ):
+        labels = [html.escape(name) for name in names]
+        trace = {
+            "type": "scatter",
+            "mode": "markers+text" if names is best else "markers",  # names of all would lie on each other
+            "x": [_short(points[name][0]) for name in names],
+            "y": [_short(points[name][1]) for name in names],
+            "text": labels,
+            "textposition": ["top right" if 2 * i < len(names) else "top left" for i in range(len(names))],
+            "textfont": {"size": 11},
+            "marker": {"color": color, "size": 9, "symbol": mark},
+            "cliponaxis": False,
+            "hovertemplate": "%{text}<br>"
+            + "<br>".join(f"{html.escape(what)}: %{{{axis}:.4~g}}" for what, axis in ((cost, "x"), (error, "y")))
+            + "<extra></extra>",
+        }
+        traces.append(trace)
+    axes = {}
+    for key, title, index in (("xaxis", cost, 0), ("yaxis", error, 1)):
+        values = [point[index] for point in points.values()]
+        span = value_range([values], log=True) if min(values, default=0) > 0 else None
+        logarithmic = _log_ticks(span) | {"range": [math.log10(bound) for bound in span]} if span else {}
+        axes[key] = _axis(title) | logarithmic
+    return {"data": traces, "layout": _layout(380) | axes | {"showlegend": False}}
 
 
 def decibels(error: Number) -> Number:

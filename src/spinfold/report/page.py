@@ -1,33 +1,26 @@
 """The report of a run as one HTML file that needs nothing else: no network, no server, no second file.
 
-    run.json, outliers  →  figures.py  →  template.html + style.css + page.js + Plotly  →  report.html
+    run.json, outliers  →  figures.py  →  template.html, drawn by document.py  →  report.html
 
-Every part of a run may be missing; what depends on it is left out. Names, paths and recipes are untrusted text:
-Jinja escapes them in HTML, `_script_json` in data, and the content security policy runs only the two scripts whose
-hashes it holds and forbids every request.
+Every part of a run may be missing; what depends on it is left out.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from spinfold.errors import SpinfoldError
 from spinfold.evaluation.outliers import Outliers
 from spinfold.recipe import Bits
 from spinfold.report import figures
+from spinfold.report.document import Chart, Section, render
 from spinfold.report.tables import cells, columns_of, human_bytes, human_seconds, perplexity_text
 
 __all__ = ["build_report", "write_report"]
@@ -43,26 +36,6 @@ WIRE_TITLES = {
     "mlp_input": "input of gate, up",
     "down": "input of down",
 }
-
-
-@dataclass
-class Chart:
-    """One figure of a section; charts of one `pair` turn together."""
-
-    title: str
-    figure: figures.Figure
-    pair: str = ""
-
-
-@dataclass
-class Section:
-    """A heading, one sentence that says how to read the figures, and the figures."""
-
-    title: str
-    caption: str
-    charts: list[Chart]
-    layout: str = "wide"  # or "panels" or "pairs": how many stand side by side
-    legend: dict[str, str] = field(default_factory=dict)  # name of a series → "before" or "after"
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -116,12 +89,11 @@ def build_report(
         *_fit(run_json),
         *_stages(run_json),
     ]
-    charts = [chart for section in sections for chart in section.charts]
-    plotly, script = (_plotly() if charts else ""), _part_of_page("page.js")
     recipe = _part(run_json, "recipe")
     rows = [row for row in _list(_part(run_json, "metrics").get("rows")) if isinstance(row, Mapping)]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_part_of_page("template.html")).render(
+    return render(
+        "template.html",
+        sections,
         name=_part(run_json, "model").get("name") or folder,
         lede=_lede(run_json),
         tiles=_tiles(run_json, rows),
@@ -131,13 +103,8 @@ def build_report(
         proofs=[_proof(proof) for proof in _list(run_json.get("proofs")) if isinstance(proof, Mapping)],
         python=f"from spinfold import evaluate\nquality = evaluate({folder!r}, text='my-text.txt')\nprint(quality)",
         shell=f"spinfold evaluate {_shell_word(folder)} --text my-text.txt",
-        sections=sections,
         recipe=yaml.safe_dump(json.loads(_plain_json(recipe)), sort_keys=False, allow_unicode=True) if recipe else "",
         environment=_environment(run_json),
-        data=_script_json([chart.figure for chart in charts]),
-        style=Markup(_part_of_page("style.css")),
-        scripts=[Markup(text) for text in (plotly, script) if text],
-        policy=_policy(plotly, script),
     )
 
 
@@ -394,33 +361,3 @@ def _shell_word(word: str) -> str:
 
 def _plain_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _script_json(value: Any) -> Markup:
-    """JSON that can't end its script element: no `<`, `>` or `&` survives."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
-
-
-def _policy(*scripts: str) -> str:
-    """Run the scripts with these very bytes, draw, and ask nobody for anything."""
-    digests = (hashlib.sha256(text.encode()).digest() for text in scripts if text)
-    hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
-    return (
-        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
-def _part_of_page(name: str) -> str:
-    return (resources.files("spinfold.report") / name).read_text("utf-8").replace("\r\n", "\n")
-
-
-def _plotly() -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        raise SpinfoldError(
-            "The report needs Plotly.", "It is not installed.", "Run `pip install plotly` and `spinfold report` again."
-        ) from None
-    return str(get_plotlyjs()).replace("\r\n", "\n")

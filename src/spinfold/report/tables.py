@@ -67,21 +67,21 @@ COLUMNS = (
 )
 
 
-def columns_of(rows: Sequence[Row]) -> list[Column]:
+def columns_of(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> list[Column]:
     """The columns that some row has a value for; the name always."""
-    return [c for c in COLUMNS if c.key == "name" or any(c.text(row) != ABSENT for row in rows)]
+    return [c for c in columns if c.key == "name" or any(c.text(row) != ABSENT for row in rows)]
 
 
-def cells(rows: Sequence[Row]) -> list[list[str]]:
+def cells(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> list[list[str]]:
     """The text of every cell, row by row."""
-    columns = columns_of(rows)
-    return [[column.text(row) for column in columns] for row in rows]
+    shown = columns_of(rows, columns)
+    return [[column.text(row) for column in shown] for row in rows]
 
 
-def comparison_table(rows: Sequence[Row]) -> str:
+def comparison_table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> str:
     """GitHub-flavoured Markdown, numbers to the right, padded so that it is a table in a terminal too."""
-    head = [column.title for column in columns_of(rows)]
-    body = [[_one_line(text) for text in line] for line in cells(rows)]
+    head = [_one_line(column.title) for column in columns_of(rows, columns)]
+    body = [[_one_line(text) for text in line] for line in cells(rows, columns)]
     widths = [max(3, *(len(line[i]) for line in [head, *body])) for i in range(len(head))]
 
     def line(texts: Sequence[str]) -> str:

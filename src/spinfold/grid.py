@@ -1,0 +1,226 @@
+"""What a comparison compares, as data: entries x bits x rounding x seeds, each combination a cell.
+
+An entry is a partial recipe over a base. As one word, in `--methods` or in a plan:
+
+    quarot                                         a method, everything else as in the base
+    clipped=quarot:activations.clip=0.9            its label, and fields of the recipe that differ
+    published=spinquant.yaml                       a recipe file, or else the preset of that name; only what it names
+
+As YAML, for `--plan` (an entry's own bits, rounding and seeds stand in for the plan's; `recipe` is what all share):
+
+    recipe: {compute: bf16}
+    bits: [W4A16, W4A4KV4]
+    rounding: [gptq, rtn]
+    seeds: [0, 1, 2]
+    entries:
+    - quarot
+    - {label: layer-wise, source: spinfold, recipe: {fit: {steps: 0}}, bits: [W4A4KV4]}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import chain, product
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+
+from spinfold.errors import SpinfoldError
+from spinfold.plan import find_method
+from spinfold.recipe import Bits, Recipe, presets
+
+__all__ = ["Cell", "Entry", "Grid"]
+
+_AXES = ("method", "bits", "seed", "rounding.method")
+"""The fields of a recipe that have a place of their own in a table."""
+
+BitWidths = tuple[Annotated[str, AfterValidator(lambda text: str(Bits.parse(text)))], ...]
+Roundings = tuple[Literal["rtn", "gptq"], ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: the complete `recipe` of `label`, and what of it differs from the base.
+
+    `order` sorts the rows of a table: by bits, rounding and entry, in the order of the grid.
+    """
+
+    label: str
+    recipe: Recipe
+    changes: Mapping[str, Any]
+    order: tuple[int, int, int]
+
+    @property
+    def rounding(self) -> str:
+        """The rounding method, or `none` where weights stay in 16 bits."""
+        return self.recipe.rounding.method if self.recipe.weight_format else "none"
+
+    @property
+    def name(self) -> str:
+        """A name for a file: readable, and the same exactly for the same label and recipe."""
+        whole = f"{self.label}\n{self.recipe.model_dump_json()}"
+        words = [self.label, self.recipe.bits, self.rounding, str(self.recipe.seed)]
+        readable = "-".join(re.sub(r"[^A-Za-z0-9.]+", "-", word)[:60] for word in words)
+        return f"{readable}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Entry(_Strict):
+    """A line of the table: a partial recipe over the base, under a label that no other entry has."""
+
+    label: str
+    recipe: dict[str, Any] = {}
+    bits: BitWidths | None = None
+    rounding: Roundings | None = None
+    seeds: tuple[int, ...] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_words(cls, data: Any) -> Any:
+        """A single word becomes a mapping; the recipe of `source` goes under `recipe`."""
+        if isinstance(data, str):
+            return _parse(data)
+        if not isinstance(data, dict) or "source" not in data:
+            return data
+        word = str(data["source"])
+        own = {key: value for key, value in data.items() if key != "source"}
+        changes = own.get("recipe") or {}
+        return {"label": word} | own | {"recipe": _merge(_source(word), changes) if _is_map(changes) else changes}
+
+
+class Grid(_Strict):
+    """All that is compared; `recipe` is a partial recipe that all entries share."""
+
+    recipe: dict[str, Any] = {}
+    entries: tuple[Entry, ...] = ()
+    bits: BitWidths = ("W4A4KV4",)
+    rounding: Roundings = ("gptq",)
+    seeds: tuple[int, ...] = (0,)
+
+    @field_validator("entries")
+    @classmethod
+    def _labels_differ(cls, entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+        labels = ["original", *(entry.label for entry in entries)]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            raise ValueError(f"two entries are called {twice[0]!r}")
+        return entries
+
+    @classmethod
+    def parse(cls, data: Any, origin: str = "comparison") -> Self:
+        """Validate plain data; a `SpinfoldError` names every problem."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            problems = (f"{'.'.join(map(str, x['loc'])) or 'plan'}: {x['msg']}." for x in error.errors())
+            raise SpinfoldError(f"The {origin} can't be used.", " ".join(problems), "Correct what is named.") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """From a YAML file."""
+        return cls.parse(_mapping(Path(path)), f"plan {path}")
+
+    def base(self, recipe: Recipe) -> Recipe:
+        """`recipe` with what all entries share on top."""
+        return Recipe.parse(_merge(recipe.model_dump(mode="json"), self.recipe))
+
+    def cells(self, base: Recipe) -> list[Cell]:
+        """All cells over the recipe `base`, seed by seed, so that a table that is not finished is balanced.
+
+        With weights in 16 bits there is nothing to round: one cell, whatever the roundings. Raises `SpinfoldError` for
+        an entry that gives no recipe.
+        """
+        found = {cell.name: cell for cell in self._all(base)}
+        return sorted(found.values(), key=lambda cell: cell.recipe.seed)  # stable: within a seed as listed
+
+    def _all(self, base: Recipe) -> Iterator[Cell]:
+        every_bits = _distinct(self.bits, *(entry.bits or () for entry in self.entries))
+        every_rounding = _distinct(self.rounding, *(entry.rounding or () for entry in self.entries))
+        for place, entry in enumerate(self.entries):
+            data = _merge(base.model_dump(mode="json"), entry.recipe)
+            roundings = entry.rounding or self.rounding
+            for bits, seed in product(entry.bits or self.bits, entry.seeds or self.seeds):
+                for rounding in roundings if Bits.parse(bits).weights != 16 else roundings[:1]:
+                    axes = {"bits": bits, "seed": seed, "rounding": {"method": rounding}}
+                    recipe = Recipe.parse(_merge(data, axes), f"recipe of {entry.label!r}")
+                    order = (every_bits.index(bits), every_rounding.index(rounding), place)
+                    yield Cell(entry.label, recipe, _changes(base, recipe), order)
+
+
+def _parse(word: str) -> dict[str, Any]:
+    """`[label=]source[:field=value]...`"""
+    head, *overrides = word.split(":")
+    label, _, source = head.rpartition("=")
+    recipe = _source(source.strip())
+    for override in overrides:
+        path, equals, value = override.partition("=")
+        if not equals:
+            raise SpinfoldError(
+                f"{word!r} names no comparison.",
+                f"{override!r} is not field=value.",
+                "Write label=method:field=value, such as clipped=quarot:activations.clip=0.9.",
+            )
+        changed = yaml.safe_load(value)
+        for key in reversed(path.strip().split(".")):
+            changed = {key: changed}
+        recipe = _merge(recipe, changed)
+    return {"label": label.strip() or word.strip(), "recipe": recipe}
+
+
+def _source(name: str) -> dict[str, Any]:
+    """The partial recipe of a method's name, or of a recipe file."""
+    if not name.endswith((".yaml", ".yml")):
+        return {"method": find_method(name).name}
+    preset = name.removesuffix(".yaml")
+    if not Path(name).is_file() and preset in presets():
+        return _mapping(resources.files("spinfold") / "recipes" / name)
+    Recipe.load(name)  # says what is wrong with it
+    return _mapping(Path(name))
+
+
+def _mapping(path: Any) -> dict[str, Any]:
+    """A YAML file's mapping; a `SpinfoldError` names a file that has none."""
+    try:
+        data = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SpinfoldError(f"{path} can't be read.", " ".join(str(error).split()), "Give a YAML file.") from None
+    if not isinstance(data, dict):
+        raise SpinfoldError(f"{path} is not a mapping.", "It holds no `key: value` lines.", "Mend the file.")
+    return data
+
+
+def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `under`, section by section."""
+    merged = dict(under)
+    for key, value in over.items():
+        merged[key] = _merge(merged[key], value) if _is_map(value) and _is_map(merged.get(key)) else value
+    return merged
+
+
+def _distinct(*lists: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(chain.from_iterable(lists)))
+
+
+def _is_map(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _changes(base: Recipe, recipe: Recipe) -> dict[str, Any]:
+    """The fields that differ, such as `activations.clip`, without those that have a column of their own."""
+    before, after = _flat(base.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    return {key: value for key, value in after.items() if value != before[key] and key not in _AXES}
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
