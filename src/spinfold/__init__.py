@@ -8,32 +8,53 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spinfold.comparison import Comparison, compare
     from spinfold.errors import CheckFailed, SpinfoldError
+    from spinfold.exporting import Exported, export, targets
+    from spinfold.grid import Grid
     from spinfold.pipeline import MethodInfo, Proof, Run, evaluate, methods, quantize, report, rotate, verify
     from spinfold.recipe import Recipe
 
 __all__ = [
     "CheckFailed",
+    "Comparison",
+    "Exported",
+    "Grid",
     "MethodInfo",
     "Proof",
     "Recipe",
     "Run",
     "SpinfoldError",
     "__version__",
+    "compare",
     "evaluate",
+    "export",
     "methods",
     "quantize",
     "report",
     "rotate",
+    "targets",
     "verify",
 ]
 __version__ = "0.1.0"
 
-_HOME = {"CheckFailed": "spinfold.errors", "SpinfoldError": "spinfold.errors", "Recipe": "spinfold.recipe"}
+_HOME = {
+    "CheckFailed": "spinfold.errors",
+    "Comparison": "spinfold.comparison",
+    "Exported": "spinfold.exporting",
+    "Grid": "spinfold.grid",
+    "Recipe": "spinfold.recipe",
+    "SpinfoldError": "spinfold.errors",
+    "compare": "spinfold.comparison",
+    "export": "spinfold.exporting",
+    "targets": "spinfold.exporting",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -48,7 +69,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`methods` and `report` are verbs here and packages below: importing the package must not hide the verb."""
+    """`methods`, `report`, `export` are verbs here and packages below: importing a package must not hide its verb."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in __all__ and isinstance(value, ModuleType)):
@@ -56,3 +77,28 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+
+class _RegisterPlugin(MetaPathFinder):
+    """Has Transformers know spinfold's quantizer once it knows its own: neither import waits for the other."""
+
+    waits_for, plugin = "transformers.quantizers.auto", "spinfold.export.quantizer"
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path, target) if name == self.waits_for else None
+        if spec is not None and spec.loader is not None:
+            sys.meta_path.remove(self)
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                import_module(self.plugin)
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if _RegisterPlugin.waits_for in sys.modules:
+    import_module(_RegisterPlugin.plugin)
+else:
+    sys.meta_path.insert(0, _RegisterPlugin())

@@ -1,8 +1,10 @@
 """Models on disk: a run's integers and scales, and back into a network; and plain Hugging Face folders.
 
-save_model, load_run     RUN/model, which only spinfold can read: rounded linears as `layers.3.down.q`, `.scale`, ...
+save_model, load_run     RUN/model, which only spinfold can read: rounded linears as `layers.3.down.q`, `.scale`, ...,
+                         those of an expert as `layers.3.down@5.q`
 save_folder              a folder that Transformers loads without spinfold
 save_maps, load_maps     the maps of a network
+save_clips, load_clips   the clip ratios of its wires
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from spinfold.errors import SpinfoldError
 from spinfold.folding import place_online
@@ -26,14 +29,16 @@ from spinfold.networks.sources import transformers_errors
 from spinfold.recipe import Recipe
 from spinfold.rounding import RoundedLinear
 from spinfold.run import RunFolder, load_tensors, read_json, save_tensors, whole_folder, write_json
-from spinfold.runtime import quantize_wires
+from spinfold.runtime import Clips, quantize_wires
 
 __all__ = [
+    "load_clips",
     "load_maps",
     "load_run",
     "round_weights",
     "rounded_tensors",
     "run_config",
+    "save_clips",
     "save_folder",
     "save_maps",
     "save_model",
@@ -57,6 +62,16 @@ def load_maps(folder: Path) -> SiteMaps:
     return maps
 
 
+def save_clips(folder: Path, clips: Clips) -> None:
+    """Write `clips.json`: the clip ratios that were searched or learned, by layer and wire."""
+    write_json(folder / "clips.json", dict(clips))
+
+
+def load_clips(folder: Path) -> Clips:
+    """The inverse of `save_clips`."""
+    return {name: float(ratio) for name, ratio in read_json(folder / "clips.json").items()}
+
+
 def rounded_tensors(rounded: Sequence[RoundedLinear]) -> dict[str, Tensor]:
     """The tensors of rounded linears, such as `layers.3.down.q` and `.scale`."""
     return {f"{x.name}.{key}": value for x in rounded for key, value in x.weight.tensors().items()}
@@ -65,9 +80,10 @@ def rounded_tensors(rounded: Sequence[RoundedLinear]) -> dict[str, Tensor]:
 def save_model(path: Path, network: Network, rounded: Sequence[RoundedLinear]) -> None:
     """Write a run's config, tokenizer and tensors; a rounded linear is written as its integers and scales alone.
 
-    A module of fused linears is left out only if all of its parts are rounded, which they are or none is.
+    A parameter of fused linears is left out only if all of its parts are rounded, which they are or none is.
     """
-    names = {network.layers[x.layer].linears[x.role].name + ".weight" for x in rounded}
+    places = {(x.layer, x.key) for x in rounded}
+    names = {x.parameter for x in network.linears if (x.layer, x.key) in places}
     tensors = {name: value for name, value in network.model.state_dict().items() if name not in names}
     shutil.rmtree(path, ignore_errors=True)  # of an attempt that was stopped after this
     with whole_folder(path) as folder:
@@ -78,8 +94,9 @@ def save_model(path: Path, network: Network, rounded: Sequence[RoundedLinear]) -
 def save_folder(network: Network, path: Path, dtype: torch.dtype, also: Iterable[Path] = ()) -> None:
     """Write a network as a plain Hugging Face folder with weights in `dtype`, whole or not at all.
 
-    Shards of at most 4 GB (or one tensor), tokenizer and chat template, and copies of the files `also`. The head must
-    be untied. Raises `SpinfoldError` if a weight is too large for `dtype`, or if an op stands on a wire.
+    Shards of at most 4 GB (or one tensor), tokenizer and chat template, and copies of the files `also`; an expert's
+    weights under the names of published checkpoints, one tensor each. The head must be untied. Raises `SpinfoldError`
+    if a weight is too large for `dtype`, or if an op stands on a wire.
     """
     assert network.head.weight is not network.embedding.weight
     if online := {name for layer in network.layers for name in WIRES if len(layer.wire(name).ops)}:
@@ -88,7 +105,10 @@ def save_folder(network: Network, path: Path, dtype: torch.dtype, also: Iterable
             f"It needs an op at inference on: {', '.join(sorted(online))}. A Hugging Face folder has no place for it.",
             "Choose sites and a method without online ops (`spinfold methods`), or make a run by `spinfold quantize`.",
         )
-    shards = list(_shards(network.model.state_dict(), dtype.itemsize))
+    tensors = network.model.state_dict()
+    if network.family.experts:
+        tensors = revert_weight_conversion(network.model, tensors)
+    shards = list(_shards(tensors, dtype.itemsize))
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else ["model.safetensors"]
     with whole_folder(path) as folder:
@@ -176,19 +196,23 @@ def load_run(path: Path, device: torch.device) -> Network:
         raise SpinfoldError(f"{folder} is not this run's model.", why, "Make the run again.") from None
     network.to(device)
     place_online(network, load_maps(path))
-    quantize_wires(network, recipe)
+    quantize_wires(network, recipe, clips=load_clips(path))
     return network
 
 
 def _fill(network: Network, tensors: dict[str, Tensor], format: IntFormat | None) -> None:
     """Put stored tensors into a network that was built from its config; KeyError or RuntimeError if they don't fit."""
     rounded: set[str] = set()
-    for linear in network.linears if format else ():
-        assert format is not None
-        prefix = f"layers.{linear.layer}.{linear.role}."
-        parts = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
-        linear.weight_OI.copy_(QuantizedWeight.from_tensors(parts, format).dequantize())
-        rounded.add(f"{linear.name}.weight")
+    if format is not None:
+        linears = {f"layers.{linear.layer}.{linear.key}": linear for linear in network.linears}
+        parts_of: dict[str, dict[str, Tensor]] = {name: {} for name in linears}
+        for key in list(tensors):
+            name, _, part = key.rpartition(".")
+            if name in linears:
+                parts_of[name][part] = tensors.pop(key)
+        for name, linear in linears.items():
+            linear.weight_OI.copy_(QuantizedWeight.from_tensors(parts_of[name], format).dequantize())
+            rounded.add(linear.parameter)
     missing, unexpected = network.model.load_state_dict(tensors, strict=False)
     if odd := [*unexpected, *sorted(set(missing) - rounded)]:
         raise KeyError(odd[0])

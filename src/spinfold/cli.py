@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from typer.exceptions import TyperException
 
 import spinfold
@@ -199,14 +199,162 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option(help="Stop after this many tokens; the whole text if not given.")
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Zero-shot tasks, separated by commas, or all: boolq, piqa, siqa, hellaswag, winogrande, arc_easy, "
+            "arc_challenge, openbookqa. Then a text is read only if --text is given.",
+            show_default=False,
+        ),
+    ] = None,
+    task_data: Annotated[
+        Path | None,
+        typer.Option(help="The folder with the tasks' items, such as piqa.jsonl.", show_default=False),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each task; all if not given.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity: the text tokenized once, windows that don't overlap, mean over the predicted tokens."""
-    result = spinfold.evaluate(model, text=text, seq_len=seq_len, max_tokens=max_tokens, progress=for_terminal())
+    """Measure perplexity: the text tokenized once, windows that don't overlap, mean over the predicted tokens.
+
+    And accuracy on zero-shot tasks, as lm-evaluation-harness does.
+    """
+    result = spinfold.evaluate(
+        model,
+        text=text,
+        seq_len=seq_len,
+        max_tokens=max_tokens,
+        tasks=_names(tasks) or (),
+        task_data=task_data,
+        limit=limit,
+        progress=for_terminal(),
+    )
     if as_json:
         _print_json(result)
-    else:
-        _print_table(("measure", "value"), ((name, _number(value)) for name, value in result.items()))
+        return
+    results = result.pop("tasks", {})
+    _print_table(("measure", "value"), ((name, _number(value)) for name, value in result.items()))
+    if results:
+        _print_tasks(results)
+
+
+@app.command()
+def compare(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the comparison.")],
+    model: Annotated[
+        str | None, typer.Argument(help="A Hugging Face folder or hub id, a .gguf file, or `smollm2`.")
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="What to compare, separated by commas: a method, `label=method:field=value`, or `label=recipe.yaml`."
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="A YAML file with entries, bits, rounding, seeds and recipe. Options given beside it win."),
+    ] = None,
+    bits: Annotated[str | None, typer.Option(help="Bit widths, separated by commas: W4A4KV4,W4A16.")] = None,
+    rounding: Annotated[str | None, typer.Option(help="Rounding methods, separated by commas: gptq,rtn.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds.", min=1)] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="The text of the figures: a file, or a known name. A part of --calibration if not given."),
+    ] = None,
+    second_text: Annotated[str | None, typer.Option(help="Another text to measure on.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Measure on this many tokens of each text; on all if not given.")
+    ] = None,
+    calibration: Calibration = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="The settings that all entries share: a recipe file, or the name of a preset.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
+    shard: Annotated[str, typer.Option(help="Do the I-th of N parts of the work, counted from 0: I/N.")] = "0/1",
+    seconds: Annotated[float, typer.Option(help="Start nothing new after so many seconds.")] = math.inf,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder of the same comparison whose cells to take over; may be given again."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a comparison, also beside another process.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no stages, only a line for each cell.")] = False,
+) -> None:
+    """Compare methods x bits x rounding x seeds in one harness: a table, and a page with what error costs."""
+    grid = spinfold.Grid() if plan is None else spinfold.Grid.load(plan)
+    base = grid.base(_recipe(recipe)).with_(calibration__source=calibration)
+    given: dict[str, Any] = {
+        "recipe": {},
+        "entries": [*grid.entries, *(_names(methods) or ())] if methods else None,
+        "bits": _names(bits),
+        "rounding": _names(rounding),
+        "seeds": tuple(range(seeds)) if seeds else None,
+    }
+    grid = spinfold.Grid.parse(dict(grid) | {name: value for name, value in given.items() if value is not None})
+    if model is not None and not grid.entries:
+        raise SpinfoldError("Nothing is named to compare.", "There is no entry.", "Give --methods or --plan.")
+    if model is None and not merge:
+        raise SpinfoldError("No model is named.", "Only --merge needs none.", "Give a model, such as smollm2.")
+    comparison = spinfold.compare(
+        model,
+        output,
+        grid,
+        recipe=base,
+        text=text,
+        second_text=second_text,
+        max_tokens=max_tokens,
+        device=device,
+        shard=_shard(shard),
+        seconds=seconds,
+        merge=merge or (),
+        resume=resume,
+        on_cell=_print_cell,
+        progress=None if quiet else for_terminal(),
+    )
+    shown = ("name", "bits", "rounding", "seeds", "perplexity", "perplexity_sd", "kl", "fit_seconds")
+    _print_table(shown, ([_number(row[key]) for key in shown] for row in comparison.data["rows"]))
+    for reason in comparison.failed:
+        print(f"Failed: {reason}", file=sys.stderr)
+    print(f"Table: {comparison.path / 'table.md'}\nPage: {comparison.path / 'index.html'}")
+    if comparison.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    run: Annotated[Path | None, typer.Argument(help="The folder of a finished run.", show_default=False)] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", help="A target that --list lists: compressed-tensors, gguf or transformers.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The folder for the checkpoint; it must not hold anything else."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Load it in the target, and compare it with the run in memory.")
+    ] = True,
+    text: Annotated[
+        str | None, typer.Option(help="The text to compare on: a file, or a known name.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
+    show: Annotated[bool, typer.Option("--list", help="List what each target can run, and how that is known.")] = False,
+) -> None:
+    """Write a run for another runtime, load it there, and prove that it computes what the run computes."""
+    if show:
+        rows = [row.cells() for row in spinfold.targets()]
+        _print_table(rows[0], (row.values() for row in rows))
+        return
+    if run is None or to is None or output is None:
+        missing = " and ".join(
+            name for name, value in (("a run", run), ("--to", to), ("--output", output)) if value is None
+        )
+        raise SpinfoldError("The export is not complete.", f"It lacks {missing}.", "See spinfold export --help.")
+    exported = spinfold.export(run, to, output, check=check, device=device, text=text, progress=for_terminal())
+    for proof in exported.data["proofs"]:
+        _print_proof(proof)
+    print(f"Checkpoint: {exported.path}")
+    for row in exported.rows:
+        print(f"Runs in: {row.runtime} ({row.established})")
 
 
 @app.command()
@@ -317,6 +465,16 @@ def _names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _shard(text: str) -> tuple[int, int]:
+    """`0/2` as numbers."""
+    part, _, count = text.partition("/")
+    if part.isdecimal() and count.isdecimal() and int(part) < int(count):
+        return int(part), int(count)
+    raise SpinfoldError(
+        f"Shard {text!r} can't be used.", "It is not I/N with I from 0 to N - 1.", "Write --shard 0/2 and --shard 1/2."
+    )
+
+
 # ---- printing ----------------------------------------------------------------------------------------------------
 
 
@@ -334,10 +492,26 @@ def _finite(value: object) -> object:
 
 
 def _print_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    table = Table(*header, box=None, header_style="bold", pad_edge=False)
+    table = Table(*(Column(name, overflow="fold") for name in header), box=None, header_style="bold", pad_edge=False)
     for row in rows:
         table.add_row(*map(escape, row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _print_cell(cell: Mapping[str, Any]) -> None:
+    names = ("perplexity", "second_perplexity", "kl", "fit_seconds", "rounding_seconds", "evaluation_seconds")
+    numbers = ", ".join(f"{name.replace('_', ' ')} {_number(cell[name])}" for name in names if cell.get(name))
+    what = f"{cell['label']} {cell['bits']} {cell['rounding']} seed {cell['seed']}"
+    print(f"{what}: {cell.get('failed') or numbers}", flush=True)
+
+
+def _print_tasks(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Accuracies in percent; how many of the published items stand behind each is said beside it."""
+    rows = []
+    for name, r in results.items():
+        acc, error, norm = ("-" if r[key] is None else f"{100 * r[key]:.2f}" for key in ("acc", "stderr", "acc_norm"))
+        rows.append((name, f"{r['items']:,} of {r['split_items']:,}", acc, error, norm))
+    _print_table(("task", "items", "acc %", "±", "acc_norm %"), rows)
 
 
 def _print_proof(proof: Mapping[str, Any]) -> None:

@@ -33,6 +33,7 @@ from spinfold.checkpoint import (
     round_weights,
     rounded_tensors,
     run_config,
+    save_clips,
     save_folder,
     save_maps,
     save_model,
@@ -45,18 +46,22 @@ from spinfold.evaluation import (
     Proof,
     Quality,
     Reference,
+    average,
     cast_tolerance,
+    evaluate_tasks,
     measure_quality,
     prove_perplexity_kept,
     prove_same_function,
+    read_tasks,
     take_fingerprint,
 )
 from spinfold.evaluation.outliers import measure_outliers
+from spinfold.fitting.clipping import CLIP_WINDOWS, search_clips
 from spinfold.fitting.end_to_end import FitLog
 from spinfold.fitting.text import load_text, tokenize, windows
 from spinfold.folding import fold, fold_norms
 from spinfold.formats import QuantizedWeight
-from spinfold.maps import SiteMaps
+from spinfold.maps import SiteMaps, as_held
 from spinfold.methods import METHODS, FitTask
 from spinfold.networks import Network
 from spinfold.networks.sources import Checkpoint, resolve
@@ -65,7 +70,7 @@ from spinfold.recipe import Calibration, Recipe
 from spinfold.report import write_report
 from spinfold.rounding import RoundedLinear, round_network
 from spinfold.run import RunFolder, load_tensors, read_json, save_tensors, whole_folder, write_json, write_whole
-from spinfold.runtime import quantize_wires
+from spinfold.runtime import Clips, quantize_wires
 
 __all__ = [
     "MethodInfo",
@@ -128,7 +133,7 @@ class Subject:
         return windows(self.calibration_T, seq_len, max(1, min(count, len(self.calibration_T) // seq_len)), seed)
 
 
-def _tokens(source: str, network: Network, max_tokens: int | None = None) -> Tensor:
+def read_tokens(source: str, network: Network, max_tokens: int | None = None) -> Tensor:
     """A text in the tokens of a network, int64 `(T,)`; each has its row in the embedding."""
     tokens_T = tokenize(load_text(source), network.tokenizer, max_tokens)
     rows = network.embedding.num_embeddings
@@ -162,11 +167,11 @@ def prepare(
         network = Network(checkpoint.load_model(torch.float32, device), tokenizer, checkpoint.name)
         network.untie()
     with progress.stage("read text"):
-        tokens_T = _tokens(calibration.source, network, max_tokens)
+        tokens_T = read_tokens(calibration.source, network, max_tokens)
         if held_out is None:
             tokens_T, held_T = _split(tokens_T, calibration)
         else:
-            held_T = _tokens(held_out, network)
+            held_T = read_tokens(held_out, network)
         windows(tokens_T, calibration.seq_len, calibration.samples)  # too little text is an error now, not after a fit
         limit = held_out_tokens or _EVAL_TOKENS.get(device.type, _EVAL_TOKENS["cpu"])
         available = len(held_T) // calibration.seq_len
@@ -215,7 +220,8 @@ def rotate_network(
 ) -> Rotated:
     """Fit the recipe's method on a copy of the subject's network, fold, and prove that the function is the same.
 
-    With `maps` (of an earlier fit) nothing is fitted. Raises `CheckFailed` naming the first deviating block.
+    With `maps` (of an earlier fit) nothing is fitted. Raises `CheckFailed` naming the first deviating block, unless the
+    maps themselves are approximate (`SiteMaps.exact`): then the proof says how far.
     """
     start = time.perf_counter()
     network, sites = subject.network.copy(), sites_of(recipe)
@@ -225,9 +231,11 @@ def rotate_network(
         task = FitTask(network, recipe, sites, lambda n, count: subject.windows(n, count, recipe.seed), progress)
         maps, log = METHODS[recipe.method].fit(task)
         maps.explain().require(f"The method {recipe.method} gave a map that can't be folded.")
+    if recipe.online_dtype != "float32":
+        maps = maps.each_replaced(lambda one: as_held(one, getattr(torch, recipe.online_dtype)), ("down",))
     fold(network, maps)
     proof = prove_same_function(network, subject.fingerprint)
-    if not proof.ok:
+    if not proof.ok and maps.exact:  # approximate maps make another function, and the proof says how far it is
         raise CheckFailed(
             "The rotated network is not the same function.",
             str(proof),
@@ -281,12 +289,14 @@ def quantize(
         before = measure_outliers(subject.network, subject.held_out_NT[:4])
         rotated = _kept_rotation(folder, subject, recipe, progress)
         after = measure_outliers(rotated.network, subject.held_out_NT[:4], at=before.places)
+        clips = clips_of(subject, rotated, recipe, progress)
         rounded = _kept_rounding(folder, subject, rotated.network, recipe, progress)
         seconds = time.perf_counter() - start
-        rows.append(_measure(subject, rotated.network, recipe, progress, seconds, "quantized"))
+        rows.append(_measure(subject, rotated.network, recipe, clips, progress, seconds, "quantized"))
         with progress.stage("write checkpoint"):
             write_whole(output / "recipe.yaml", lambda path: path.write_text(recipe.to_yaml(), "utf-8"))
             save_maps(output, rotated.maps)
+            save_clips(output, clips)
             save_model(output / "model", rotated.network, rounded)
             before.save(output / "outliers-before.npz")
             after.save(output / "outliers-after.npz")
@@ -304,19 +314,28 @@ def row(name: str, quality: Quality, seconds: float | None = None) -> dict[str, 
 def _baseline(subject: Subject, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """Another method's row."""
     start = time.perf_counter()
-    network = rotate_network(subject, recipe, progress).network
+    rotated = rotate_network(subject, recipe, progress)
+    network, clips = rotated.network, clips_of(subject, rotated, recipe, progress)
     if recipe.weight_format is not None:
         ids_NT = subject.windows(recipe.calibration.seq_len, recipe.calibration.samples, recipe.seed)
         for _ in round_network(network, recipe, ids_NT, progress=progress):
             pass
-    return _measure(subject, network, recipe, progress, time.perf_counter() - start, recipe.method)
+    return _measure(subject, network, recipe, clips, progress, time.perf_counter() - start, recipe.method)
+
+
+def clips_of(subject: Subject, rotated: Rotated, recipe: Recipe, progress: Progress) -> Clips:
+    """The clip ratios that the fit has learned, and by a search, before any weight is rounded, the others that the
+    recipe leaves open.
+    """
+    ids_NT = subject.windows(recipe.calibration.seq_len, CLIP_WINDOWS, recipe.seed)
+    return {**search_clips(rotated.network, recipe, ids_NT, progress=progress), **rotated.log.clips}
 
 
 def _measure(
-    subject: Subject, network: Network, recipe: Recipe, progress: Progress, seconds: float, what: str
+    subject: Subject, network: Network, recipe: Recipe, clips: Clips, progress: Progress, seconds: float, what: str
 ) -> dict[str, Any]:
     """The row of a rounded network, whose activations and cache are quantized from now on."""
-    quantize_wires(network, recipe)
+    quantize_wires(network, recipe, clips=clips)
     quality, _ = measure_quality(
         network,
         subject.held_out_NT,
@@ -342,7 +361,11 @@ def _kept_rotation(folder: RunFolder, subject: Subject, recipe: Recipe, progress
     if kept.is_dir():
         log = read_json(kept / "log.json")
         return rotate_network(
-            subject, recipe, progress, maps=load_maps(kept), log=FitLog(tuple(log["losses"]), log["samples"])
+            subject,
+            recipe,
+            progress,
+            maps=load_maps(kept),
+            log=FitLog(tuple(log["losses"]), log["samples"], log["clips"]),
         )
     rotated = rotate_network(subject, recipe, progress)
     with whole_folder(kept) as part:
@@ -457,9 +480,9 @@ def describe(
 
 
 def _orthogonality(maps: SiteMaps) -> Proof:
-    """The largest entry of |M M^T - I| over all maps."""
+    """The largest entry of |M M^T - I| over all maps that claim to be orthogonal."""
     gap = 0.0
-    for _, one in maps.each():
+    for one in (one for _, one in maps.each() if one.orthogonal):
         matrix_NN = one.matrix()
         eye_NN = torch.eye(one.size, dtype=matrix_NN.dtype, device=matrix_NN.device)
         gap = max(gap, float((matrix_NN @ matrix_NN.T - eye_NN).abs().max()))
@@ -490,6 +513,13 @@ def rotate(
             f"A plain checkpoint can't hold a map at {', '.join(online)}.",
             "These sites need an op at inference, which a Hugging Face folder has no place for.",
             "Use --sites residual,value, or `spinfold quantize`, whose runs keep online ops.",
+        )
+    if method in METHODS and METHODS[method].skips and "residual" in sites:
+        raise SpinfoldError(
+            f"A plain checkpoint can't hold what the method {method!r} makes.",
+            "Its bases change from block to block by an op on the skip connections, which a Hugging Face folder has no "
+            "place for.",
+            "Use --sites value, another method, or `spinfold quantize`, whose runs keep online ops.",
         )
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:
@@ -585,7 +615,7 @@ def _some_windows(network: Network, text: str | None, seq_len: int) -> Tensor:
     if network.tokenizer is None:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(network.embedding.num_embeddings, (1, seq_len), generator=generator)
-    tokens_T = _tokens(text or "sotu", network, _CAST_TOKENS)
+    tokens_T = read_tokens(text or "sotu", network, _CAST_TOKENS)
     return windows(tokens_T, min(seq_len, max(2, len(tokens_T))))
 
 
@@ -596,13 +626,18 @@ def evaluate(
     seq_len: int = 2048,
     max_tokens: int | None = None,
     reference: str | None = None,
+    tasks: Sequence[str] = (),
+    task_data: str | Path | None = None,
+    limit: int | None = None,
     device: str = "auto",
     compute: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Perplexity of a model or run on a text, and, with `reference`, its KL divergence to and agreement with another.
 
-    The whole text counts unless `max_tokens` cuts it; windows of `seq_len` tokens.
+    The whole text counts unless `max_tokens` cuts it; windows of `seq_len` tokens. With zero-shot `tasks`, whose files
+    are in the folder `task_data`, accuracy on the first `limit` items of each; then a text is read only if one, or a
+    `reference`, is given.
     """
     progress, place = progress or Quiet(), pick_device(device)
     if max_tokens is not None and max_tokens < seq_len:
@@ -611,24 +646,36 @@ def evaluate(
             f"It leaves no whole window of {seq_len} tokens.",
             f"Give --max-tokens at least {seq_len}, or a shorter --seq-len.",
         )
-    network = open_network(model, place, seq_len, progress)
-    ids_NT = windows(_tokens(text or "sotu", network, max_tokens), seq_len)
-    kept = None
-    if reference is not None:
-        other = open_network(reference, place, seq_len, progress)
-        if other.head.out_features != network.head.out_features:
-            raise SpinfoldError(
-                f"{reference} can't be the reference of {model}.",
-                f"Their vocabularies have {other.head.out_features} and {network.head.out_features} entries.",
-                "Compare a model with what was made from it.",
-            )
-        _, kept = measure_quality(
-            other, ids_NT, keep=True, compute=compute, progress=progress, label="evaluate reference"
+    if tasks:
+        read_tasks(tasks, task_data, limit)  # what can't be used is refused before a weight is read
+    reads_text = not tasks or text is not None or reference is not None
+    network = open_network(model, place, seq_len if reads_text else 2, progress)
+    figures: dict[str, Any] = {"model": str(model), "compute": pick_precision(compute, place)}
+    if reads_text:
+        ids_NT = windows(read_tokens(text or "sotu", network, max_tokens), seq_len)
+        kept = None if reference is None else _reference(reference, model, network, ids_NT, compute, progress)
+        quality, _ = measure_quality(network, ids_NT, reference=kept, compute=compute, progress=progress)
+        figures |= {"text": load_text(text or "sotu").name, "seq_len": seq_len} | asdict(quality)
+    if tasks:
+        results = evaluate_tasks(network, tasks, task_data, compute=compute, progress=progress, limit=limit)
+        figures["tasks"] = {name: asdict(one) for name, one in (results | {"average": average(results)}).items()}
+    return figures
+
+
+def _reference(
+    reference: str, model: str | Path, network: Network, ids_NT: Tensor, compute: str, progress: Progress
+) -> Reference:
+    """What the model `reference` reads on the windows, if `network`, opened from `model`, can be compared with it."""
+    other = open_network(reference, network.device, ids_NT.shape[1], progress)
+    if other.head.out_features != network.head.out_features:
+        raise SpinfoldError(
+            f"{reference} can't be the reference of {model}.",
+            f"Their vocabularies have {other.head.out_features} and {network.head.out_features} entries.",
+            "Compare a model with what was made from it.",
         )
-        del other
-    quality, _ = measure_quality(network, ids_NT, reference=kept, compute=compute, progress=progress)
-    mode, name = pick_precision(compute, place), load_text(text or "sotu").name
-    return {"model": str(model), "text": name, "seq_len": seq_len, "compute": mode} | asdict(quality)
+    _, kept = measure_quality(other, ids_NT, keep=True, compute=compute, progress=progress, label="evaluate reference")
+    assert kept is not None
+    return kept
 
 
 def open_network(

@@ -30,7 +30,9 @@ def plan_run(config: Any, recipe: Recipe) -> None:
     """Refuse a recipe that this model can't have. `config` is the Hugging Face config."""
     family, method = family_of(config.model_type), find_method(recipe.method)
     _check_sites(method, recipe.sites, family)
-    _check_group_size(config, recipe)
+    method.suits(recipe).require(f"The method {method.name!r} can't do what the recipe asks.")
+    _check_widths(config, method, family)
+    _check_group_size(config, family, recipe)
     check_seq_len(config, recipe.calibration.seq_len)
     if method.needs_data and recipe.fit.seq_len is not None:
         check_seq_len(config, recipe.fit.seq_len)
@@ -103,7 +105,17 @@ def _check_sites(method: Method, sites: tuple[str, ...] | None, family: Family) 
             raise SpinfoldError(what, verdict.reason, fix)
 
 
-def _check_group_size(config: Any, recipe: Recipe) -> None:
+def _check_widths(config: Any, method: Method, family: Family) -> None:
+    """OptRot+ handles the second moments of all layers as one stack."""
+    if method.name == "optrot-plus" and len(widths := sorted(family.mlp_widths(config))) > 1:
+        raise SpinfoldError(
+            f"The method {method.name!r} can't serve this model.",
+            f"It needs MLPs of one width; here some layers have experts, and {widths[0]} and {widths[1]} both occur.",
+            "Choose another --method, such as optrot.",
+        )
+
+
+def _check_group_size(config: Any, family: Family, recipe: Recipe) -> None:
     """A group size must divide the input of every linear, and there must be weights to group."""
     size = recipe.group_size
     if size is None:
@@ -112,7 +124,7 @@ def _check_group_size(config: Any, recipe: Recipe) -> None:
     if recipe.weight_format is None:
         raise SpinfoldError(what, "The weights stay in 16 bits.", "Leave --group-size out, or ask for fewer bits.")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    widths = sorted({config.hidden_size, config.num_attention_heads * head_dim, config.intermediate_size})
+    widths = sorted({config.hidden_size, config.num_attention_heads * head_dim} | family.mlp_widths(config))
     common = math.gcd(*widths)
     if common % size:
         divisors = [str(n) for n in range(2, common + 1) if common % n == 0]

@@ -12,8 +12,9 @@ import re
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, Self
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -24,6 +25,8 @@ __all__ = ["Bits", "Recipe", "presets"]
 
 SCHEMA_VERSION: Final = 1
 Site = Literal["residual", "value", "query_key", "down"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+Clip = Annotated[float, Field(gt=0, le=1)] | Literal["searched", "learned"]
 
 
 class Bits(NamedTuple):
@@ -55,26 +58,35 @@ class _Section(BaseModel):
 
 
 class Weights(_Section):
-    """The weight grid: the defaults are those of every table unless it says otherwise."""
+    """The weight grid: the defaults are those of every table unless it says otherwise.
+
+    Scales are rounded to `scale_dtype` before anything depends on them: name the dtype in which a target stores them
+    (float16 for GGUF), and an exported checkpoint has the very weights of the run.
+    """
 
     symmetric: bool = True
     clip_search: bool = True
     clip_exponent: float = Field(2.4, gt=0, le=8)
+    scale_dtype: Dtype = "float32"
 
 
 class Activations(_Section):
-    """Dynamic, per token. `per_head` makes the input of o_proj one group per head (SpinQuant's deviation)."""
+    """Dynamic, per token. `per_head` makes the input of o_proj one group per head (SpinQuant's deviation).
+
+    `clip` is the share of a token's own range that the grid covers: a number, or "searched" wire by wire for the least
+    rounding error, or "learned" from there where the method fits end to end.
+    """
 
     symmetric: bool = False
-    clip: float = Field(1.0, gt=0, le=1)
+    clip: Clip = 1.0
     per_head: bool = False
 
 
 class KVCache(_Section):
-    """Keys (after RoPE and the query_key map) and values, per token and head."""
+    """Keys (after RoPE and the query_key map) and values, per token and head; `clip` as for activations."""
 
     symmetric: bool = False
-    clip: float = Field(1.0, gt=0, le=1)
+    clip: Clip = 1.0
 
 
 class Rounding(_Section):
@@ -99,7 +111,8 @@ class Fit(_Section):
 
     `step_rule` "capped" is the published Cayley step, "spectral" a step of `learning_rate` over the spectral
     norm of the skew gradient. `scale_gradient` false holds the quantizers' scales constant, as published.
-    `weight_bits` 16 fits with unrounded weights, as SpinQuant's authors advise when GPTQ follows.
+    `weight_bits` 16 fits with unrounded weights, as SpinQuant's authors advise when GPTQ follows. `loss` is that of an
+    end-to-end fit: the text's cross-entropy, the divergence from the original, or their sum.
 
     Where a method has a residual basis per boundary, `rank` bounds the change of basis on each skip connection, and
     `chain` says what happens to the rest of it: "exact" moves the bases until nothing is lost, "published" drops it,
@@ -107,6 +120,10 @@ class Fit(_Section):
 
     A layer-wise method draws `tokens` calibration tokens per wire, `batch` rows of them (for OptRot: layers) a step.
     `objective` is one of the method's own; `alpha` is SmoothQuant's share of the range that moves to the weights.
+
+    SpinOut injects outliers into `layers`, factor `gamma`, while it fits: "safe" takes them out again behind the
+    quantizer, "literal" leaves them in; "none" is the control. `layers` are searched for by SpinOut's score or one half
+    of it, or "all", or "random" ones, as many as the search finds.
     """
 
     steps: int | None = Field(None, ge=0, le=100_000)
@@ -117,6 +134,7 @@ class Fit(_Section):
     schedule: Literal["linear", "cosine", "constant"] | None = None
     clip_grad_norm: float | None = Field(None, gt=0)
     weight_bits: int | None = Field(None, ge=2, le=16)
+    loss: Literal["next_token", "kl", "both"] | None = None
     scale_gradient: bool | None = None
     checkpointing: bool = False
     rank: int | None = Field(None, ge=0)
@@ -124,10 +142,17 @@ class Fit(_Section):
     tokens: int | None = Field(None, ge=1)
     objective: Literal["literal", "normalised", "kurtosis", "uniform"] | None = None
     alpha: float | None = Field(None, ge=0, le=1)
+    injection: Literal["safe", "literal", "none"] | None = None
+    layers: Literal["searched", "kurtosis", "performance", "random", "all"] | None = None
+    gamma: float | None = Field(None, ge=1)
 
 
 class Recipe(_Section):
-    """One run's choices. Unknown keys are errors that name the nearest known one."""
+    """One run's choices. Unknown keys are errors that name the nearest known one.
+
+    `online_dtype` is the one in which the target holds the online map before `down`: below float32, the weights are
+    folded with the rounded map (`maps.held`), which is part of the function then.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     method: str = "spinquant"
@@ -141,6 +166,7 @@ class Recipe(_Section):
     rounding: Rounding = Rounding()
     calibration: Calibration = Calibration()
     fit: Fit = Fit()
+    online_dtype: Dtype = "float32"
     compute: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     seed: int = Field(0, ge=0, lt=1 << 63)
 
@@ -165,7 +191,7 @@ class Recipe(_Section):
     def activation_format(self) -> IntFormat | None:
         """The grid of each token at a linear's input; None at 16 bits."""
         bits = Bits.parse(self.bits).activations
-        return None if bits == 16 else IntFormat(bits, self.activations.symmetric, clip=self.activations.clip)
+        return None if bits == 16 else IntFormat(bits, self.activations.symmetric, clip=_ratio(self.activations.clip))
 
     def attention_out_format(self, head_dim: int) -> IntFormat | None:
         """The grid of o_proj's input: the whole row, or one group per head."""
@@ -176,7 +202,17 @@ class Recipe(_Section):
     def kv_format(self) -> IntFormat | None:
         """The grid of each head's key and value; None at 16 bits."""
         bits = Bits.parse(self.bits).kv
-        return None if bits == 16 else IntFormat(bits, self.kv.symmetric, clip=self.kv.clip)
+        return None if bits == 16 else IntFormat(bits, self.kv.symmetric, clip=_ratio(self.kv.clip))
+
+    def clip_of(self, wire: str) -> float | str:
+        """How the clip ratio of this wire is chosen."""
+        return (self.kv if wire in ("key", "value") else self.activations).clip
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype in which weight scales are stored."""
+        dtype: torch.dtype = getattr(torch, self.weights.scale_dtype)
+        return dtype
 
     @property
     def clip_search(self) -> ClipSearch | None:
@@ -249,6 +285,11 @@ class Recipe(_Section):
         """A short hash of the named fields (of all, if none is named)."""
         data = self.model_dump(mode="json", include=set(sections) or None)
         return hashlib.sha256(yaml.safe_dump(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _ratio(clip: float | str) -> float:
+    """A format's clip ratio: the whole range until a search has found a better one."""
+    return 1.0 if isinstance(clip, str) else clip
 
 
 def presets() -> list[str]:

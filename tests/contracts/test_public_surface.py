@@ -23,30 +23,43 @@ VERBS = {
     "--seq-len --steps --seed --device --recipe --resume",
     "rotate": "model --output -o --method --sites --calibration --seed --dtype",
     "verify": "original other --text --json",
-    "evaluate": "model --text --seq-len --max-tokens --json",
+    "evaluate": "model --text --seq-len --max-tokens --tasks --task-data --limit --json",
+    "export": "run --to --output -o --check --text --device --list",
+    "compare": "model --output -o --methods --plan --bits --rounding --seeds --text --second-text --max-tokens "
+    "--calibration --recipe --device --shard --seconds --merge --resume --quiet",
     "report": "run",
     "methods": "--json",
 }
 NAMES = {
     "CheckFailed",
+    "Comparison",
+    "Exported",
+    "Grid",
     "MethodInfo",
     "Proof",
     "Recipe",
     "Run",
     "SpinfoldError",
     "__version__",
+    "compare",
     "evaluate",
+    "export",
     "methods",
     "quantize",
     "report",
     "rotate",
+    "targets",
     "verify",
 }
 SIGNATURES = {
     "quantize": "model output recipe device resume evaluate_on baselines progress",
     "rotate": "model output method sites seed dtype recipe device progress",
     "verify": "original other text tolerance device tokens",
-    "evaluate": "model text seq_len max_tokens reference device compute progress",
+    "evaluate": "model text seq_len max_tokens reference tasks task_data limit device compute progress",
+    "export": "run target output check device text progress",
+    "targets": "",
+    "compare": "model output grid recipe text second_text max_tokens device shard seconds merge resume on_cell "
+    "progress",
     "report": "run",
     "methods": "",
 }
@@ -96,9 +109,11 @@ def test_signatures_are_frozen(verb: str) -> None:
 
 
 def test_a_subpackage_does_not_hide_the_verb_of_its_name() -> None:
+    import spinfold.export
     import spinfold.methods
     import spinfold.report
 
+    assert callable(spinfold.export)
     assert callable(spinfold.methods)
     assert callable(spinfold.report)
 

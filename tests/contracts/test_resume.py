@@ -195,9 +195,9 @@ def test_a_second_process_is_refused_and_disturbs_nothing(
 )
 def test_a_real_signal(sent: signal.Signals, after: str, kept: bool, model: Path, text: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    words = f"quantize {model} -o {output} --calibration {text} --samples 4 --seq-len 32 --steps 300 --device cpu"
+    words = f"quantize {model} -o {output} --calibration {text} --samples 4 --seq-len 32 --steps 3000 --device cpu"
     if kept:
-        words = words.replace("--steps 300", "--steps 1").replace("--samples 4", "--samples 120")
+        words = words.replace("--steps 3000", "--steps 1").replace("--samples 4", "--samples 120")
     source = str(Path(spinfold.__file__).parents[1])
     process = subprocess.Popen(
         [sys.executable, "-m", "spinfold", *words.split()],

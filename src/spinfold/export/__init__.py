@@ -1,0 +1,1 @@
+"""Checkpoints that other runtimes load, and the proof that they do."""

@@ -1,0 +1,154 @@
+"""A finished run as a writer needs it: rounded linears by module, every other tensor, and the choices behind them.
+
+    RUN/model layers.0.q.q .scale .zero   ->  modules()   model.layers.0.self_attn.q_proj, QuantizedWeight
+              layers.0.k.…, layers.0.v.…              ->  a fused module is its parts, one below the other
+              model.embed_tokens.weight, …  ->  others()
+
+Tensors are read when they are asked for, so that a run may be larger than memory.
+
+Shapes: O out features, I in features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from spinfold.checkpoint import load_maps, run_config
+from spinfold.errors import SpinfoldError
+from spinfold.formats import QuantizedWeight
+from spinfold.maps import SiteMaps
+from spinfold.networks import Family, Linear, Network
+from spinfold.networks.sources import transformers_errors
+from spinfold.recipe import Recipe
+from spinfold.run import read_json
+
+__all__ = ["Contents"]
+
+_OURS = {"config.json", "model.safetensors"}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A finished run, opened for reading. `network` has the shapes and names of the model, and no weights (meta)."""
+
+    path: Path
+    config: PreTrainedConfig
+    recipe: Recipe
+    maps: SiteMaps
+    data: dict[str, Any]
+    network: Network
+    tokenizer_files: list[Path]
+    _file: Any
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open RUN. Raises `SpinfoldError` for what is no finished run, or whose tensors are not its model's."""
+        path = Path(path)
+        config = run_config(path)
+        data = read_json(path / "run.json")
+        recipe = Recipe.parse(data.get("recipe"), f"recipe in {path / 'run.json'}")
+        with transformers_errors(f"The model of the run {path} can't be built.", "Make the run again."):
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            network = Network(model, name=data.get("model", {}).get("name", path.name))
+            network.untie()
+        file = path / "model" / "model.safetensors"
+        try:
+            handle = safe_open(file, framework="pt").__enter__()
+        except (OSError, SafetensorError) as error:
+            raise SpinfoldError(f"{file} can't be read.", str(error), "Make the run again.") from None
+        tokenizer_files = sorted(f for f in file.parent.iterdir() if f.is_file() and f.name not in _OURS)
+        run = cls(path, config, recipe, load_maps(path), data, network, tokenizer_files, handle)
+        run._check()
+        return run
+
+    @property
+    def family(self) -> Family:
+        """What is known of the architecture."""
+        return self.network.family
+
+    @property
+    def name(self) -> str:
+        """What the model is called."""
+        return self.network.name
+
+    def linear(self, layer: int, key: str) -> QuantizedWeight | Tensor:
+        """One linear, such as `down`: its integers and scales as rounding left them, or its fp32 weight `(O, I)`."""
+        return self._read(self.network.layers[layer].linears[key])
+
+    def modules(self) -> Iterator[tuple[str, QuantizedWeight | Tensor]]:
+        """Every linear module of the decoder by its Hugging Face name, in order; fused linears stacked along O.
+
+        Experts that share a parameter come under its name, stacked along O too.
+        """
+        for name, parts in self._parts().items():
+            yield name.removesuffix(".weight"), _stack([self._read(part) for part in parts])
+
+    def others(self) -> Iterator[tuple[str, Tensor]]:
+        """Every other tensor of the state dict by its Hugging Face name: embedding, norms, biases, untied head."""
+        for name in self._other_names():
+            yield name, self._tensor(name)
+
+    def _parts(self) -> dict[str, list[Linear]]:
+        """The linears by the parameter that holds them, from its first row to its last."""
+        parts: dict[str, list[Linear]] = {}
+        for linear in self.network.linears:
+            parts.setdefault(linear.parameter, []).append(linear)
+        return {name: sorted(linears, key=lambda x: x.rows.start or 0) for name, linears in parts.items()}
+
+    def _other_names(self) -> list[str]:
+        weights = self._parts()
+        return [name for name in self.network.model.state_dict() if name not in weights]
+
+    def _read(self, linear: Linear) -> QuantizedWeight | Tensor:
+        if self.recipe.weight_format is None:
+            return self._tensor(linear.parameter).flatten(0, -2)[linear.rows]
+        return QuantizedWeight.from_tensors(
+            {key: self._tensor(name) for key, name in self._stored(linear).items()}, self.recipe.weight_format
+        )
+
+    def _stored(self, linear: Linear) -> dict[str, str]:
+        """The names of a rounded linear's tensors."""
+        assert self.recipe.weight_format is not None
+        keys = ("q", "scale") if self.recipe.weight_format.symmetric else ("q", "scale", "zero")
+        return {key: f"layers.{linear.layer}.{linear.key}.{key}" for key in keys}
+
+    def _tensor(self, name: str) -> Tensor:
+        value: Tensor = self._file.get_tensor(name)
+        return value
+
+    def _check(self) -> None:
+        """Refuse a file whose tensors are not those that config and recipe call for, by names and shapes."""
+        state = self.network.model.state_dict()
+        grid = self.recipe.weight_format
+        expected = {name: tuple(state[name].shape) for name in (state if grid is None else self._other_names())}
+        for linear in self.network.linears if grid else ():
+            assert grid is not None
+            out_features, in_features = linear.weight_OI.shape
+            groups = in_features // grid.group_of(in_features)
+            shapes = {"q": (out_features, in_features), "scale": (out_features, groups), "zero": (out_features, groups)}
+            expected |= {name: shapes[key] for key, name in self._stored(linear).items()}
+        found = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
+        if odd := sorted(set(expected.items()) ^ set(found.items())):
+            name = odd[0][0]
+            why = f"{name} should be {expected.get(name, 'absent')} and is {found.get(name, 'absent')}."
+            raise SpinfoldError(f"{self.path / 'model'} is not this run's model.", why, "Make the run again.")
+
+
+def _stack(parts: list[QuantizedWeight | Tensor]) -> QuantizedWeight | Tensor:
+    """Parts of one module, one below the other."""
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if tensors:
+        return torch.cat(tensors)
+    rounded = [part for part in parts if isinstance(part, QuantizedWeight)]
+    keys = rounded[0].tensors()
+    whole = {key: torch.cat([part.tensors()[key] for part in rounded]) for key in keys}
+    return QuantizedWeight.from_tensors(whole, rounded[0].format)
