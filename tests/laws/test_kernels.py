@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import Tensor
 
-from spinfold.formats import IntFormat
-from spinfold.formats.activation import _on_grid, _range_gradient
+from spinfold.formats import FLOAT_FORMATS, FloatFormat, IntFormat
+from spinfold.formats.activation import _on_blocks, _on_grid, _range_gradient
 from spinfold.formats.integer import scale_and_zero
 from spinfold.rounding import gptq
 from spinfold.rounding.gptq import round_block
@@ -65,6 +66,32 @@ def test_fake_quantization(symmetric, num_bits, shape, group_size, dtype, clip):
     ratio = torch.tensor(clip, device=DEVICE)
     y = fake_quant(x, ratio, fmt.group_of(shape[-1]), fmt.low, fmt.high, fmt.symmetric)
     assert torch.equal(bits(y), bits(_on_grid(x, ratio, fmt)))
+
+
+@direct
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        *FLOAT_FORMATS.values(),
+        replace(FLOAT_FORMATS["nvfp4"], outer="row"),
+        *(replace(FLOAT_FORMATS["mxfp6"], element="e3m2", scale=rule) for rule in ("even", "ceil", "real", "e4m3")),
+        *(replace(FLOAT_FORMATS["amxfp4"], scale=rule) for rule in ("floor", "real", "e4m3")),
+        FloatFormat("e5m2", 96, "ceil"),
+    ],
+    ids=lambda f: f"{f.element}x{f.group_size}-{f.scale}-{f.by_sign}-{f.outer}",
+)
+@pytest.mark.parametrize(("dtype", "clip"), [(torch.float32, 1.0), (torch.float32, 0.9), (NARROW, 0.7)])
+def test_fake_quantization_of_floats(fmt, dtype, clip):
+    x = random(9, 96)
+    x[0] = (x[0] * 4).round() / 2  # ties
+    x[1], x[2], x[3, :32], x[4, :32] = x[1].abs(), -x[2].abs(), 0, -0.0
+    x[5] *= 1e-38
+    x[6] *= 1e6
+    if fmt.outer != "tensor":
+        x[7, 3], x[8, 50] = float("nan"), float("inf")
+    x = x.to(dtype).view(3, 3, 96)
+    ratio = torch.tensor(clip, device=DEVICE)
+    assert torch.equal(bits(_on_blocks(x, ratio, fmt)), bits(_on_grid(x, ratio, fmt)))
 
 
 @direct

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spinfold.fitting.capture import watch
-from spinfold.formats import IntFormat, fake_quantize
+from spinfold.formats import Format, fake_quantize
 from spinfold.maps import Map, SiteMaps
 from spinfold.networks import Network
 from spinfold.progress import Progress
@@ -42,7 +42,7 @@ def search_clips(
 
     `maps` are those that the quantizers act through, if they are not folded into the network.
     """
-    searched: dict[str, tuple[IntFormat, Map | None]] = {}
+    searched: dict[str, tuple[Format, Map | None]] = {}
     for layer in network.layers:
         for wire, (format, map) in quantized_wires(layer, recipe, maps or SiteMaps()).items():
             if isinstance(recipe.clip_of(wire), str):

@@ -53,8 +53,8 @@ class Schedule:
 
 @dataclass(frozen=True)
 class FitLog:
-    """What a fit leaves beside its maps: the objective at every step, how many windows were looked at, and the clip
-    ratios that it learned, by layer and wire (`runtime.Clips`).
+    """What a fit leaves beside its maps: the objective at every step, how many windows were looked at (0: those that it
+    asked for, once), and the clip ratios that it learned, by layer and wire (`runtime.Clips`).
     """
 
     losses: tuple[float, ...] = ()

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spinfold.formats import IntFormat, fake_quantize
+from spinfold.formats import Format, fake_quantize
 
 __all__ = [
     "UNIFORM_KURTOSIS",
@@ -72,7 +72,7 @@ def unit_rms(x: Tensor) -> Tensor:
     return x / x.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
 
 
-def rounding_error(y: Tensor, format: IntFormat, *, scale_gradient: bool = True) -> Tensor:
+def rounding_error(y: Tensor, format: Format, *, scale_gradient: bool = True) -> Tensor:
     """mean (y - Q(y))² of each row, `(..., N) -> (...)`, Q being dynamic fake quantization to `format`.
 
     The value is the same either way; its gradient is that of one of two pictures of the error e = y - Q(y):

@@ -5,6 +5,19 @@ each token its own grid.
 """
 
 from spinfold.formats.activation import fake_quantize
-from spinfold.formats.integer import ClipSearch, Grid, IntFormat, QuantizedWeight, fit_grid
+from spinfold.formats.base import Format
+from spinfold.formats.integer import IntFormat
+from spinfold.formats.microscaling import FLOAT_FORMATS, FloatFormat
+from spinfold.formats.weights import ClipSearch, Grid, QuantizedWeight, fit_grid
 
-__all__ = ["ClipSearch", "Grid", "IntFormat", "QuantizedWeight", "fake_quantize", "fit_grid"]
+__all__ = [
+    "FLOAT_FORMATS",
+    "ClipSearch",
+    "FloatFormat",
+    "Format",
+    "Grid",
+    "IntFormat",
+    "QuantizedWeight",
+    "fake_quantize",
+    "fit_grid",
+]

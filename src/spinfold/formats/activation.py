@@ -1,11 +1,11 @@
 """Dynamic fake quantization of activations and of the KV cache, with straight-through gradients.
 
-Each token's row (or group of neighbours) gets its own grid from its own range (formulas: `integer.py`),
-and is put on it at once: x̂ = s (q - z). Two gradients are offered:
+Each token's row (or group of neighbours) gets its own grid from its own range (formulas: `integer.py`,
+`microscaling.py`), and is put on it at once. Two gradients are offered:
 
     published (SpinQuant, arXiv 2405.16406)    dx̂/dx = 1: scale constant, identity through round and clamp
     scale_gradient=True                        round' = 1, everything else exact: clamp blocks clipped
-                                               elements, and s and z are functions of min and max
+                                               elements, and the grid is a function of min and max
 
 Shapes: x (..., I) with groups (..., G, g); a KV format is the same thing with I = head size.
 """
@@ -18,17 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinfold.formats.integer import IntFormat, compute_dtype, extent, from_integers, nearest_integers, scale_and_zero
+from spinfold.formats.base import Format, compute_dtype, extent
+from spinfold.formats.integer import IntFormat
+from spinfold.formats.microscaling import ELEMENTS, FloatFormat
 from spinfold.kernels import kernels_run_on
 
 __all__ = ["fake_quantize"]
 
 
-def fake_quantize(x: Tensor, fmt: IntFormat, *, scale_gradient: bool = False, clip: Tensor | None = None) -> Tensor:
+def fake_quantize(x: Tensor, fmt: Format, *, scale_gradient: bool = False, clip: Tensor | None = None) -> Tensor:
     """`x (..., I)` on the grid of each row or group along the last axis: same shape, same dtype.
 
     `clip`, one number as a tensor, stands in for the format's clip ratio; it gets a gradient if `scale_gradient` is on.
-    Computed in fp32 (fp64 for fp64). NaN or infinity makes its whole group NaN: it never turns into a number.
+    Computed in fp32 (fp64 for fp64). NaN or infinity makes its whole group NaN (with an outer
+    scale, all that shares it): it never turns into a number.
     Raises SpinfoldError if groups do not fit.
     """
     ratio = torch.full((), fmt.clip, dtype=compute_dtype(x), device=x.device) if clip is None else clip
@@ -36,7 +39,7 @@ def fake_quantize(x: Tensor, fmt: IntFormat, *, scale_gradient: bool = False, cl
     return quantized
 
 
-def _has_kernel(x: Tensor, fmt: IntFormat) -> bool:
+def _has_kernel(x: Tensor, fmt: Format) -> bool:
     return kernels_run_on(x) and fmt.group_of(x.shape[-1]) <= 2**15
 
 
@@ -44,12 +47,15 @@ class _StraightThrough(torch.autograd.Function):
     """Forward `_on_grid`, backward identity, so nothing is saved."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor, fmt: IntFormat) -> Tensor:
-        if _has_kernel(x, fmt):
+    def forward(ctx: Any, x: Tensor, clip: Tensor, fmt: Format) -> Tensor:
+        if not _has_kernel(x, fmt):
+            return _on_grid(x, clip, fmt)
+        if isinstance(fmt, IntFormat):
             from spinfold.kernels.fake_quant import fake_quant
 
             return fake_quant(x, clip, fmt.group_of(x.shape[-1]), fmt.low, fmt.high, fmt.symmetric)
-        return _on_grid(x, clip, fmt)
+        assert isinstance(fmt, FloatFormat)
+        return _on_blocks(x, clip, fmt)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -57,10 +63,10 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _RangeAware(torch.autograd.Function):
-    """Forward `_on_grid`, backward `_range_gradient`, which recomputes what it needs from x."""
+    """Forward `_on_grid`, backward its range gradient, which recomputes what it needs from x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor, fmt: IntFormat) -> Tensor:
+    def forward(ctx: Any, x: Tensor, clip: Tensor, fmt: Format) -> Tensor:
         ctx.save_for_backward(x, clip)
         ctx.fmt = fmt
         return _StraightThrough.forward(ctx, x, clip, fmt)
@@ -68,6 +74,8 @@ class _RangeAware(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (x, clip), fmt = ctx.saved_tensors, ctx.fmt
+        if isinstance(fmt, FloatFormat):
+            return *_block_gradient(x, grads[0], clip, fmt), None
         if _has_kernel(x, fmt):
             from spinfold.kernels.fake_quant import fake_quant_gradient
 
@@ -76,19 +84,77 @@ class _RangeAware(torch.autograd.Function):
         return *_range_gradient(x, grads[0], clip, fmt), None
 
 
-def _grid_of(x_Gg: Tensor, clip: Tensor, fmt: IntFormat) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """A row's extremes, and scale and zero point of the grid on their clipped range."""
+def _on_blocks(x: Tensor, clip: Tensor, fmt: FloatFormat) -> Tensor:
+    """`_on_grid` by the kernel for floating-point formats."""
+    from spinfold.kernels.fake_quant_float import Elements, fake_quant_float
+
+    element, scale = (
+        Elements(one.mantissa_bits, one.smallest_normal, one.largest)
+        for one in (fmt.elements, ELEMENTS.get(fmt.scale, fmt.elements))
+    )
+    whole = None
+    if fmt.outer:
+        whole = x.abs().amax(-1) if fmt.outer == "row" else x.abs().amax().expand(x.shape[:-1])
+        whole = whole.float()
+    return fake_quant_float(x, clip, whole, fmt.group_of(x.shape[-1]), fmt.scale, fmt.by_sign, element, scale)
+
+
+def _grid_of(x_Gg: Tensor, clip: Tensor, fmt: Format) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A row's extremes, and the grid on their clipped range."""
     low_G1, high_G1 = extent(x_Gg)
-    ratio = clip.to(x_Gg.dtype)
-    return low_G1, high_G1, *scale_and_zero(ratio * low_G1, ratio * high_G1, replace(fmt, clip=1.0))
+    ratio, whole_G1 = clip.to(x_Gg.dtype), fmt.whole_of(low_G1, high_G1)
+    return low_G1, high_G1, *replace(fmt, clip=1.0).grid(ratio * low_G1, ratio * high_G1, whole=whole_G1)
 
 
-def _on_grid(x: Tensor, clip: Tensor, fmt: IntFormat) -> Tensor:
-    """The definition of dynamic fake quantization; the Triton kernel gives the same bits."""
+def _on_grid(x: Tensor, clip: Tensor, fmt: Format) -> Tensor:
+    """The definition of dynamic fake quantization; the Triton kernels give the same bits."""
     x_Gg = fmt.split(x.to(compute_dtype(x)))
-    *_, scale_G1, zero_G1 = _grid_of(x_Gg, clip, fmt)
-    q_Gg = nearest_integers(x_Gg, scale_G1, zero_G1, fmt)
-    return from_integers(q_Gg, scale_G1, zero_G1).flatten(-2).to(x.dtype)
+    *_, scale_G1, second_G1 = _grid_of(x_Gg, clip, fmt)
+    return fmt.values(fmt.nearest(x_Gg, scale_G1, second_G1), scale_G1, second_G1).flatten(-2).to(x.dtype)
+
+
+def _block_gradient(x: Tensor, grad: Tensor, clip: Tensor, fmt: FloatFormat) -> tuple[Tensor, Tensor]:
+    """The gradients of `_on_grid` by x and clip, all roundings straight-through, that of the scale too.
+
+    With x^ = X RNE(x / X), an element inside has dx^ = dx + (q - x / X) dX; a saturated one has dx^ = q dX. A scale
+    follows the largest number a of those that share it in proportion, dX = X da / a; NVFP4's scale of the scales
+    cancels out of that.
+    """
+    x_Gg, g_Gg = fmt.split(x.to(compute_dtype(x))), fmt.split(grad.to(compute_dtype(x)))
+    low_G1, high_G1, scale_G1, second_G1 = _grid_of(x_Gg, clip, fmt)
+    step_Gg = fmt.step_of(x_Gg, scale_G1, second_G1)
+    ratio_Gg = x_Gg / step_Gg.masked_fill(step_Gg == 0, torch.inf)
+    q_Gg = fmt.elements.nearest(ratio_Gg)
+    beyond_Gg = ratio_Gg.abs() > fmt.elements.largest
+    slope_Gg = torch.where(beyond_Gg, q_Gg, q_Gg - ratio_Gg)
+    d_Gg = g_Gg.masked_fill(beyond_Gg, 0)
+    by_log_Gg = g_Gg * slope_Gg * step_Gg  # by log X
+    if fmt.by_sign:
+        below_Gg = x_Gg.signbit()
+        by_log_high_G1 = by_log_Gg.masked_fill(below_Gg, 0).sum(-1, keepdim=True)
+        by_log_low_G1 = by_log_Gg.masked_fill(~below_Gg, 0).sum(-1, keepdim=True)
+    else:
+        upper_G1, by_log_G1 = high_G1 >= -low_G1, by_log_Gg.sum(-1, keepdim=True)
+        by_log_high_G1, by_log_low_G1 = by_log_G1 * upper_G1, by_log_G1 * ~upper_G1
+    by_high_G1, by_low_G1 = (
+        by_log_G1 / (clip * end_G1).masked_fill(end_G1 == 0, 1)
+        for by_log_G1, end_G1 in ((by_log_high_G1, high_G1), (by_log_low_G1, low_G1))
+    )
+    return _through_extremes(x, x_Gg, d_Gg, clip, (high_G1, by_high_G1), (low_G1, by_low_G1))
+
+
+def _through_extremes(
+    x: Tensor, x_Gg: Tensor, d_Gg: Tensor, clip: Tensor, *ends: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Add to `d` what reaches each extreme, a pair of it and the gradient by clip times it; and the gradient by clip.
+
+    Overwrites `d`. Ties share, as in torch's amax.
+    """
+    for extreme_G1, by_G1 in ends:
+        there_Gg = (x_Gg == extreme_G1) & (extreme_G1 != 0)
+        d_Gg += there_Gg * (clip * by_G1 / there_Gg.sum(-1, keepdim=True).clamp(min=1))
+    by_clip = torch.stack([(extreme_G1 * by_G1).sum() for extreme_G1, by_G1 in ends]).sum()
+    return d_Gg.flatten(-2).to(x.dtype), by_clip.to(clip.dtype)
 
 
 def _range_gradient(x: Tensor, grad: Tensor, clip: Tensor, fmt: IntFormat) -> tuple[Tensor, Tensor]:
@@ -120,8 +186,4 @@ def _range_gradient(x: Tensor, grad: Tensor, clip: Tensor, fmt: IntFormat) -> tu
     else:
         by_high_G1, by_low_G1 = by_scale_G1, -by_scale_G1 if rest_G1 is None else rest_G1 - by_scale_G1
     d_Gg = d_Gg.clone() if d_Gg is g_Gg else d_Gg
-    for extreme_G1, by_G1 in ((high_G1, by_high_G1), (low_G1, by_low_G1)):  # ties share, as in torch's amax
-        there_Gg = (x_Gg == extreme_G1) & (extreme_G1 != 0)
-        d_Gg += there_Gg * (clip * by_G1 / there_Gg.sum(-1, keepdim=True).clamp(min=1))
-    by_clip = (high_G1 * by_high_G1 + low_G1 * by_low_G1).sum()
-    return d_Gg.flatten(-2).to(x.dtype), by_clip.to(clip.dtype)
+    return _through_extremes(x, x_Gg, d_Gg, clip, (high_G1, by_high_G1), (low_G1, by_low_G1))

@@ -41,6 +41,7 @@ __all__ = [
 
 StepRule = Literal["capped", "spectral"]
 
+_NEWTON_STEPS = 12
 _DRIFT = 1e-5  # the optimisers keep max |RᵀR - I| at or below this
 
 
@@ -50,7 +51,26 @@ def orthogonality_gap(R_NN: Tensor) -> float:
 
 
 def project(R_NN: Tensor) -> Tensor:
-    """The nearest orthogonal matrix: the polar factor U Vᵀ of R = U Σ Vᵀ, computed in fp64, in R's dtype."""
+    """The nearest orthogonal matrix: the polar factor U Vᵀ of R = U Σ Vᵀ, computed in fp64, in R's dtype.
+
+    By Newton's iteration X ← (μX + (μX)⁻ᵀ) / 2, which takes each singular value σ to (μσ + 1/μσ) / 2 and so to 1, with
+    Higham's scale μ (SIAM J. Sci. Stat. Comput. 7, 1986); at most nine inverses, and two near the group, where an SVD
+    takes a GPU many times longer. A matrix without an inverse has its SVD.
+    """
+    X_NN = R_NN.double()
+    for _ in range(_NEWTON_STEPS):
+        inverse_NN = torch.linalg.inv_ex(X_NN).inverse.mT
+        lengths = [
+            torch.linalg.matrix_norm(one, ord=order) for one in (inverse_NN, X_NN) for order in (1, torch.inf)
+        ]
+        scale = (lengths[0] * lengths[1] / (lengths[2] * lengths[3])) ** 0.25
+        scale = torch.where((scale - 1).abs() < 0.01, 1.0, scale)[..., None, None]  # near the end it would only disturb
+        before_NN, X_NN = X_NN, (scale * X_NN + inverse_NN / scale) / 2
+        change = float((X_NN - before_NN).abs().max())
+        if change < 1e-8:  # the error is now the square of it
+            return X_NN.to(R_NN.dtype)
+        if change != change:
+            break
     U_NN, _, Vh_NN = torch.linalg.svd(R_NN.double(), full_matrices=False)
     return torch.matmul(U_NN, Vh_NN).to(R_NN.dtype)
 

@@ -1,6 +1,7 @@
 """One file per method, and the registry of all."""
 
 from spinfold.methods.base import FitTask, Method
+from spinfold.methods.block_hadamard import BLOCK_HADAMARD
 from spinfold.methods.dartquant import DARTQUANT
 from spinfold.methods.dfrot import DFROT
 from spinfold.methods.kurtail import KURTAIL
@@ -20,6 +21,7 @@ _ALL = (
     NONE,
     SMOOTHQUANT,
     QUAROT,
+    BLOCK_HADAMARD,
     SPINQUANT,
     SPINOUT,
     RESPINQUANT,

@@ -57,7 +57,7 @@ def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
         _TURNS if recipe.fit.steps is None else recipe.fit.steps,
         progress=task.progress,
     )
-    return replace(maps, residual=Orthogonal(R_DD)), FitLog(errors, len(ids_WT))
+    return replace(maps, residual=Orthogonal(R_DD)), FitLog(errors)
 
 
 DFROT = Method(

@@ -38,7 +38,7 @@ def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
             weight_max_N = torch.stack([linear.weight_OI.abs().amax(0) for linear in layer.groups[site]]).amax(0)
             scales.append(smoothing_scales(maxima[layer.index, site], weight_max_N.float(), alpha))
         maps[site] = tuple(Diagonal(1 / s_N) for s_N in scales)
-    return SiteMaps(**maps), FitLog(samples=len(ids_WT))
+    return SiteMaps(**maps), FitLog()
 
 
 SMOOTHQUANT = Method(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from spinfold.formats import IntFormat, fake_quantize
+from spinfold.formats import Format, fake_quantize
 from spinfold.maps import BlockDiagonal, Map, SiteMaps
 from spinfold.networks import Layer, Network
 from spinfold.recipe import Recipe
@@ -60,7 +60,7 @@ class Quantize(nn.Module):
     """
 
     def __init__(
-        self, format: IntFormat, map: Map | None = None, *, clip: Tensor | None = None, scale_gradient: bool = False
+        self, format: Format, map: Map | None = None, *, clip: Tensor | None = None, scale_gradient: bool = False
     ) -> None:
         super().__init__()
         self.format, self.map, self.clip, self.scale_gradient = format, map, clip, scale_gradient
@@ -71,10 +71,10 @@ class Quantize(nn.Module):
         return y if self.map is None else self.map.inverse().apply(y)
 
 
-def quantized_wires(layer: Layer, recipe: Recipe, maps: SiteMaps) -> dict[str, tuple[IntFormat, Map | None]]:
+def quantized_wires(layer: Layer, recipe: Recipe, maps: SiteMaps) -> dict[str, tuple[Format, Map | None]]:
     """The wires of a layer that the recipe quantizes: the grid, and the map through which the quantizer acts."""
     value, query_key, down = (maps.at(site, layer.index) for site in ("value", "query_key", "down"))
-    wires: dict[str, tuple[IntFormat | None, Map | None]] = {
+    wires: dict[str, tuple[Format | None, Map | None]] = {
         "qkv_input": (recipe.activation_format, maps.norm_output_at(2 * layer.index)),
         "mlp_input": (recipe.activation_format, maps.norm_output_at(2 * layer.index + 1)),
         "attention_out": (recipe.attention_out_format(layer.head_dim), value and BlockDiagonal(value, layer.num_heads)),
@@ -131,7 +131,7 @@ def maps_around(layer: Layer, role: str, maps: SiteMaps) -> tuple[Map | None, Ma
 class _RoundRows(nn.Module):
     """A parametrization W -> B Q(B^T W A^-T) A^T of a parameter, rows by rows: rounding seen through maps."""
 
-    def __init__(self, parts: list[tuple[slice, Map | None, Map | None]], format: IntFormat) -> None:
+    def __init__(self, parts: list[tuple[slice, Map | None, Map | None]], format: Format) -> None:
         super().__init__()
         self.parts, self.format = sorted(parts, key=lambda part: part[0].start), format
 
@@ -150,7 +150,7 @@ class _RoundRows(nn.Module):
         return w_OI if read is None else read.transpose().apply(w_OI)
 
 
-def round_weights_through(network: Network, format: IntFormat, maps: SiteMaps) -> Callable[[], None]:
+def round_weights_through(network: Network, format: Format, maps: SiteMaps) -> Callable[[], None]:
     """Let every linear compute with its weight rounded to nearest in the basis that `maps` would fold it into.
 
     Returns the function that takes the rounding off again. Row grids are dynamic: they follow the maps.

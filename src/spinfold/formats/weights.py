@@ -1,0 +1,176 @@
+"""Weights on a grid of any format: its scales found, codes and scales stored, and read back.
+
+Shapes: O out features, I in features, G groups of g neighbours along I (G g = I), R = O G rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spinfold.errors import SpinfoldError
+from spinfold.formats.base import Format, compute_dtype, extent
+
+__all__ = ["ClipSearch", "Grid", "QuantizedWeight", "fit_grid"]
+
+
+@dataclass(frozen=True)
+class ClipSearch:
+    """Shrink each group's range to minimise Σ |w - ŵ|^exponent.
+
+    Candidates are 1, 1 - shrink/steps, …, 1 - shrink (steps-1)/steps: 1.00 … 0.21 by default, with
+    exponent 2.4 as in GPTQ's reference quantizer (arXiv 2210.17323). The widest of equal ones wins.
+    """
+
+    exponent: float = 2.4
+    steps: int = 80
+    shrink: float = 0.8
+
+    def factors(self) -> list[float]:
+        return [1 - self.shrink * step / self.steps for step in range(self.steps)]
+
+    def best(
+        self,
+        w_Rg: Tensor,
+        low_R1: Tensor,
+        high_R1: Tensor,
+        whole_R1: Tensor | None,
+        fmt: Format,
+        scale_dtype: torch.dtype,
+    ) -> Tensor:
+        """The best shrink factor `(R, 1)` of each row of `w_Rg` whose `extent` and `whole_of` are given."""
+        found_R1 = torch.ones_like(low_R1)
+        open_R = torch.arange(len(w_Rg), device=w_Rg.device)  # the rows that may still find better
+        best_R1, least_R1 = torch.ones_like(low_R1), torch.full_like(low_R1, torch.inf)
+        for step, factor in enumerate(self.factors()):
+            grid = fmt.grid(low_R1 * factor, high_R1 * factor, whole=whole_R1, scale_dtype=scale_dtype)
+            error_Rg = fmt.values(fmt.nearest(w_Rg, *grid), *grid).sub_(w_Rg)
+            loss_R1 = self._loss(error_Rg)
+            better_R1 = loss_R1 < least_R1
+            least_R1 = torch.where(better_R1, loss_R1, least_R1)
+            best_R1 = best_R1.masked_fill(better_R1, factor)
+            if step % 4 == 3 and w_Rg.device.type == "cpu":  # elsewhere, asking costs more than going on
+                stays_R = (self._loss(fmt.beyond(low_R1, high_R1, *grid)) <= least_R1).squeeze(1)
+                found_R1[open_R] = best_R1
+                kept = (t[stays_R] for t in (open_R, w_Rg, low_R1, high_R1, best_R1, least_R1))
+                open_R, w_Rg, low_R1, high_R1, best_R1, least_R1 = kept
+                whole_R1 = None if whole_R1 is None else whole_R1[stays_R]
+                if not len(open_R):
+                    break
+        found_R1[open_R] = best_R1
+        return found_R1
+
+    def _loss(self, error_Rg: Tensor) -> Tensor:
+        """Σ |e|^p as exp(p log|e|), 0 included: three passes, and four times faster than pow on a CPU. Overwrites."""
+        return error_Rg.abs_().log_().mul_(self.exponent).exp_().sum(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales `(O, G)` of a weight and, where the format has them, its second numbers `(O, G)`."""
+
+    scale_OG: Tensor
+    second_OG: Tensor | None
+    format: Format
+
+    @property
+    def zero_OG(self) -> Tensor | None:
+        """The second numbers of an integer grid: its zero points."""
+        return self.second_OG
+
+    def _expanded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Both as `(O, G, 1)` in `dtype`."""
+        second_OG1 = None if self.second_OG is None else self.second_OG.to(dtype).unsqueeze(-1)
+        return self.scale_OG.to(dtype).unsqueeze(-1), second_OG1
+
+    def quantize(self, w_OI: Tensor) -> Tensor:
+        """The nearest codes `(O, I)`, such as int8 (symmetric) or uint8 (asymmetric) integers."""
+        w_OGg = self.format.split(w_OI.to(compute_dtype(w_OI)))
+        return self.format.encode(self.format.nearest(w_OGg, *self._expanded(w_OGg.dtype)).flatten(-2))
+
+    def dequantize(self, q_OI: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights `(O, I)` that codes stand for: one product in at least fp32, then rounded to `dtype`."""
+        wide = torch.promote_types(dtype, torch.float32)
+        q_OGg = self.format.decode(self.format.split(q_OI), wide)
+        return self.format.values(q_OGg, *self._expanded(wide)).flatten(-2).to(dtype)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight `(O, I)` on its grid: codes, scales, second numbers."""
+
+    q_OI: Tensor
+    scale_OG: Tensor
+    second_OG: Tensor | None
+    format: Format
+
+    @property
+    def zero_OG(self) -> Tensor | None:
+        """The second numbers of an integer grid: its zero points."""
+        return self.second_OG
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.scale_OG, self.second_OG, self.format)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The rounded weight `(O, I)`."""
+        return self.grid.dequantize(self.q_OI, dtype)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight when packed, with all that a group stores counted."""
+        return self.format.bits_per_number(self.q_OI.shape[1], self.scale_OG.element_size() * 8)
+
+    def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
+        """The weights that were stacked along O, of `sizes` rows each."""
+        parts = zip(*(torch.split(t, list(sizes)) for t in self.tensors().values()), strict=True)
+        return [self.from_tensors(dict(zip(self.tensors(), part, strict=True)), self.format) for part in parts]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint stores: `q`, `scale` and, where the format has one, the second number: integers' `zero`."""
+        second = {} if self.second_OG is None else {self.format.second: self.second_OG}
+        return {"q": self.q_OI, "scale": self.scale_OG, **second}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], fmt: Format) -> QuantizedWeight:
+        """The inverse of `tensors`."""
+        return cls(tensors["q"], tensors["scale"], tensors.get(fmt.second), fmt)
+
+
+def fit_grid(
+    w_OI: Tensor, fmt: Format, *, search: ClipSearch | None = None, scale_dtype: torch.dtype = torch.float32
+) -> Grid:
+    """The grid of a weight: its range, or the part of it that `search` finds best, per row or group.
+
+    Scales are rounded to `scale_dtype`, or to the dtype that the format has for them, before anything depends on
+    them, so a checkpoint reproduces the weights bit for bit. Raises SpinfoldError if a weight is not finite or groups
+    do not fit.
+    """
+    w_OGg = fmt.split(w_OI.to(compute_dtype(w_OI)))
+    low_OG1, high_OG1 = extent(w_OGg)
+    if not (torch.isfinite(low_OG1).all() and torch.isfinite(high_OG1).all()):
+        raise SpinfoldError(
+            f"A weight of shape {tuple(w_OI.shape)} cannot be quantized.",
+            "It contains NaN or infinity.",
+            "Check the checkpoint, and the maps that were folded into it.",
+        )
+    whole_OG1 = fmt.whole_of(low_OG1, high_OG1)
+    if search is not None:
+        group_size = w_OGg.shape[-1]
+        # Blocks that stay in the CPU's cache make the passes several times faster; a GPU wants large ones.
+        rows = max(1, (2**26 if w_OI.is_cuda else 2**17) // group_size)
+        pieces = [torch.split(t.reshape(-1, t.shape[-1]), rows) for t in (w_OGg, low_OG1, high_OG1)]
+        wholes = [None] * len(pieces[0]) if whole_OG1 is None else torch.split(whole_OG1.reshape(-1, 1), rows)
+        factors = [
+            search.best(w_Rg, low_R1, high_R1, whole_R1, fmt, scale_dtype)
+            for w_Rg, low_R1, high_R1, whole_R1 in zip(*pieces, wholes, strict=True)
+        ]
+        factor_OG1 = torch.cat(factors).view_as(low_OG1)
+        low_OG1, high_OG1 = low_OG1 * factor_OG1, high_OG1 * factor_OG1
+    scale_OG1, second_OG1 = fmt.grid(low_OG1, high_OG1, whole=whole_OG1, scale_dtype=scale_dtype)
+    second_OG = None if second_OG1 is None else second_OG1.squeeze(-1)
+    return Grid(*fmt.stored(scale_OG1.squeeze(-1), second_OG, scale_dtype), fmt)
