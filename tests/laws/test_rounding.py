@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from spinfold.errors import SpinfoldError
 from spinfold.formats import ClipSearch, IntFormat, QuantizedWeight
+from spinfold.recipe import RoundingMethod
 from spinfold.rounding import ROUNDINGS, HessianAccumulator, gptq, round_nearest
 
 SETTINGS = [
@@ -204,4 +206,5 @@ def test_the_hessian_is_the_mean_over_tokens_however_they_arrive():
 
 
 def test_every_rounding_names_its_needs():
-    assert ROUNDINGS == {"rtn": (), "gptq": ("hessian",)}
+    assert set(ROUNDINGS) == set(get_args(RoundingMethod))
+    assert ROUNDINGS["rtn"] == () and ROUNDINGS["gptaq"] == ("hessian", "original")

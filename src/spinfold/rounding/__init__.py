@@ -1,12 +1,29 @@
 """Rounding back-ends, pure functions from (weight, input statistics, format) to integers and scales, and the pass
 over a network that feeds them."""
 
+from spinfold.rounding.allocate import WIDTHS, allocate, meet_budget
+from spinfold.rounding.autoround import autoround
+from spinfold.rounding.gptaq import gptaq
 from spinfold.rounding.gptq import GPTQReport, gptq
 from spinfold.rounding.hessian import HessianAccumulator
+from spinfold.rounding.ldlq import ldlq
 from spinfold.rounding.nearest import round_nearest
-from spinfold.rounding.network import RoundedLinear, round_network
+from spinfold.rounding.network import ROUNDINGS, RoundedLinear, round_network
+from spinfold.rounding.osaq import absorb_outliers
 
-__all__ = ["ROUNDINGS", "GPTQReport", "HessianAccumulator", "RoundedLinear", "gptq", "round_nearest", "round_network"]
-
-# What each rounding needs besides the weight: nothing, or the Hessian of the linear's inputs.
-ROUNDINGS: dict[str, tuple[str, ...]] = {"rtn": (), "gptq": ("hessian",)}
+__all__ = [
+    "ROUNDINGS",
+    "WIDTHS",
+    "GPTQReport",
+    "HessianAccumulator",
+    "RoundedLinear",
+    "absorb_outliers",
+    "allocate",
+    "autoround",
+    "gptaq",
+    "gptq",
+    "ldlq",
+    "meet_budget",
+    "round_nearest",
+    "round_network",
+]

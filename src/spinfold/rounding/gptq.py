@@ -24,12 +24,12 @@ from torch import Tensor
 
 from spinfold.compute import precision
 from spinfold.errors import SpinfoldError
-from spinfold.formats import ClipSearch, Grid, IntFormat, QuantizedWeight, fit_grid
-from spinfold.formats.integer import compute_dtype, from_integers, nearest_integers
+from spinfold.formats import ClipSearch, FloatFormat, Format, Grid, IntFormat, QuantizedWeight, fit_grid
+from spinfold.formats.base import compute_dtype
 from spinfold.kernels import kernels_run_on
-from spinfold.rounding.hessian import HessianAccumulator, inverse_factor
+from spinfold.rounding.hessian import HessianAccumulator, InverseFactor, energy, inverse_factor
 
-__all__ = ["GPTQReport", "HessianAccumulator", "gptq"]
+__all__ = ["GPTQReport", "HessianAccumulator", "gptq", "live_problem", "report_of"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class GPTQReport:
 def gptq(
     w_OI: Tensor,
     hessian_II: Tensor,
-    fmt: IntFormat,
+    fmt: Format,
     *,
     search: ClipSearch | None = None,
     damp: float = 0.01,
@@ -72,46 +72,42 @@ def gptq(
     Computed in fp32 (fp64 if the weights are), the factorisation in fp64. Inputs are not modified.
     Raises SpinfoldError for weights or a Hessian that are not finite, shapes or groups that do not fit.
     """
-    _check(w_OI, hessian_II, fmt, act_order, static_groups)
-    w_OI = w_OI.to(compute_dtype(w_OI))
-    h_II = hessian_II.to(w_OI.device, torch.float64)
-    num_columns = w_OI.shape[1]
-
-    dead_I = h_II.diagonal() == 0
-    num_dead = int(dead_I.sum())
-    if num_dead == num_columns:  # Nothing is known about the inputs: no reason to delete the weights.
-        dead_I, num_dead = torch.zeros_like(dead_I), 0
-    w_OI = w_OI.masked_fill(dead_I, 0)
+    if act_order and not static_groups and fmt.group_of(w_OI.shape[1]) < w_OI.shape[1]:
+        raise SpinfoldError(
+            "GPTQ cannot refit the groups' grids in activation order.",
+            "A group's columns are then not visited one after the other.",
+            "Use static groups, or turn act_order off.",
+        )
+    if not static_groups and isinstance(fmt, FloatFormat) and fmt.outer:
+        raise SpinfoldError(
+            "GPTQ cannot refit scales that have a scale in common.",
+            "The common one comes from weights that are not rounded yet.",
+            "Use static groups.",
+        )
+    w_OI, h_II, num_dead = live_problem(w_OI, hessian_II)
     grid = fit_grid(w_OI, fmt, search=search, scale_dtype=scale_dtype)
     nearest_OI = grid.dequantize(grid.quantize(w_OI), w_OI.dtype)
-
-    # A dead input is uncoupled, so its H_ii is free: with the mean of the others the damping stays as it is.
-    diagonal_I = torch.where(dead_I, h_II.diagonal().sum() / (num_columns - num_dead), h_II.diagonal())
-    order_I = torch.arange(num_columns, device=w_OI.device)
+    order_I = torch.arange(w_OI.shape[1], device=w_OI.device)
     if act_order:
-        order_I = torch.argsort(diagonal_I, descending=True, stable=True)
-    ordered_II = h_II[order_I][:, order_I]
-    ordered_II.diagonal().copy_(diagonal_I[order_I])
-    factor = inverse_factor(ordered_II, damp)
+        order_I = torch.argsort(h_II.diagonal(), descending=True, stable=True)
+    factor = inverse_factor(h_II[order_I][:, order_I], damp)
 
     refit = partial(fit_grid, fmt=replace(fmt, group_size=None), search=search, scale_dtype=scale_dtype)
     with precision("fp32", w_OI.device):
         u_II = factor.u_II.to(w_OI.dtype).contiguous()
         rounded = _round_columns(w_OI, u_II, grid, order_I, block_size, None if static_groups else refit)
-        error_OI, nearest_error_OI = w_OI - rounded.dequantize(w_OI.dtype), w_OI - nearest_OI
-        error, nearest_error, total = (_energy(x_OI, h_II) for x_OI in (error_OI, nearest_error_OI, w_OI))
-    return rounded, GPTQReport(
-        error=error / total if total else 0.0,
-        nearest_error=nearest_error / total if total else 0.0,
-        damping=factor.damping,
-        diagonal=factor.diagonal,
-        dead_columns=num_dead,
-    )
+    return rounded, report_of(w_OI, h_II, rounded.dequantize(w_OI.dtype), nearest_OI, factor, num_dead)
 
 
-def _check(w_OI: Tensor, hessian_II: Tensor, fmt: IntFormat, act_order: bool, static_groups: bool) -> None:
-    size = w_OI.shape[1]
-    if hessian_II.shape != (size, size):
+def live_problem(w_OI: Tensor, hessian_II: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Weights and fp64 Hessian to round with, and how many inputs were dead, always zero; their weights become zero.
+
+    A dead input is uncoupled, so its H_ii is free: with the mean of the others the damping stays as it is. If all are
+    dead, nothing is known about the inputs, which is no reason to delete the weights. Raises SpinfoldError for a
+    Hessian that is not finite or has another shape.
+    """
+    num_columns = w_OI.shape[1]
+    if hessian_II.shape != (num_columns, num_columns):
         raise SpinfoldError(
             f"A Hessian of shape {tuple(hessian_II.shape)} does not belong to a weight of shape {tuple(w_OI.shape)}.",
             "It has one row and one column for each input feature.",
@@ -123,17 +119,27 @@ def _check(w_OI: Tensor, hessian_II: Tensor, fmt: IntFormat, act_order: bool, st
             "An activation overflowed during calibration.",
             "Calibrate in fp32 or bf16, and check the checkpoint.",
         )
-    if act_order and not static_groups and fmt.group_of(size) < size:
-        raise SpinfoldError(
-            "GPTQ cannot refit the groups' grids in activation order.",
-            "A group's columns are then not visited one after the other.",
-            "Use static groups, or turn act_order off.",
-        )
+    w_OI, h_II = w_OI.to(compute_dtype(w_OI)), hessian_II.to(w_OI.device, torch.float64, copy=True)
+    dead_I = h_II.diagonal() == 0
+    num_dead = int(dead_I.sum())
+    if num_dead == num_columns:
+        return w_OI, h_II, 0
+    h_II.diagonal()[dead_I] = h_II.diagonal().sum() / (num_columns - num_dead)
+    return w_OI.masked_fill(dead_I, 0), h_II, num_dead
 
 
-def _energy(x_OI: Tensor, h_II: Tensor) -> float:
-    """tr(X H Xᵀ)."""
-    return float(((x_OI @ h_II.to(x_OI.dtype)) * x_OI).sum(dtype=torch.float64))
+def report_of(
+    w_OI: Tensor, h_II: Tensor, rounded_OI: Tensor, nearest_OI: Tensor, factor: InverseFactor, num_dead: int
+) -> GPTQReport:
+    """How far two ways to round `w_OI` are from it."""
+    error, nearest_error, total = (energy(x_OI, h_II) for x_OI in (w_OI - rounded_OI, w_OI - nearest_OI, w_OI))
+    return GPTQReport(
+        error=error / total if total else 0.0,
+        nearest_error=nearest_error / total if total else 0.0,
+        damping=factor.damping,
+        diagonal=factor.diagonal,
+        dead_columns=num_dead,
+    )
 
 
 def _round_columns(
@@ -153,27 +159,29 @@ def _round_columns(
     group_I = order_I // group_size
     w_IO = w_OI.T[order_I].contiguous()
     scale_GO = _columns(grid.scale_OG, w_OI.dtype)
-    zero_GO = None if grid.zero_OG is None else _columns(grid.zero_OG, w_OI.dtype)
+    second_GO = None if grid.second_OG is None else _columns(grid.second_OG, w_OI.dtype)
 
     span = group_size if refit else size
     for start in range(0, size, span):
         if refit:
             group = refit(w_IO[start : start + span].T)
             scale_GO[start // span] = group.scale_OG[:, 0]
-            if zero_GO is not None and group.zero_OG is not None:
-                zero_GO[start // span] = group.zero_OG[:, 0]
+            if second_GO is not None and group.second_OG is not None:
+                second_GO[start // span] = group.second_OG[:, 0]
         for low in range(start, start + span, block_size):
             high = min(low + block_size, start + span)
             group_B = group_I[low:high]
-            zero_BO = None if zero_GO is None else zero_GO[group_B]
-            e_BO = _round_block(w_IO[low:high], u_II[low:high, low:high], scale_GO[group_B], zero_BO, fmt)
+            second_BO = None if second_GO is None else second_GO[group_B]
+            e_BO = _round_block(w_IO[low:high], u_II[low:high, low:high], scale_GO[group_B], second_BO, fmt)
             w_IO[high:].addmm_(u_II[low:high, high:].T, e_BO, alpha=-1)
 
     q_OI = torch.empty_like(w_OI, dtype=fmt.dtype)
-    q_OI[:, order_I] = w_IO.T.to(fmt.dtype)
+    q_OI[:, order_I] = fmt.encode(w_IO.T)
     scale_OG = scale_GO.T.to(grid.scale_OG.dtype).contiguous()
-    zero_OG = None if zero_GO is None else zero_GO.T.to(fmt.dtype).contiguous()
-    return QuantizedWeight(q_OI, scale_OG, zero_OG, fmt)
+    second_OG = None
+    if second_GO is not None and grid.second_OG is not None:
+        second_OG = second_GO.T.to(grid.second_OG.dtype).contiguous()
+    return QuantizedWeight(q_OI, scale_OG, second_OG, fmt)
 
 
 def _columns(t_OG: Tensor, dtype: torch.dtype) -> Tensor:
@@ -181,23 +189,23 @@ def _columns(t_OG: Tensor, dtype: torch.dtype) -> Tensor:
     return t_OG.T.to(dtype).clone(memory_format=torch.contiguous_format)
 
 
-def _round_block(w_BO: Tensor, u_BB: Tensor, scale_BO: Tensor, zero_BO: Tensor | None, fmt: IntFormat) -> Tensor:
+def _round_block(w_BO: Tensor, u_BB: Tensor, scale_BO: Tensor, second_BO: Tensor | None, fmt: Format) -> Tensor:
     """`round_block`, or its kernel."""
-    if kernels_run_on(w_BO):
+    if kernels_run_on(w_BO) and isinstance(fmt, IntFormat):
         from spinfold.kernels.gptq_block import MAX_BLOCK, gptq_block
 
         if len(w_BO) <= MAX_BLOCK:
-            return gptq_block(w_BO, u_BB, scale_BO, zero_BO, fmt.low, fmt.high)
-    return round_block(w_BO, u_BB, scale_BO, zero_BO, fmt)
+            return gptq_block(w_BO, u_BB, scale_BO, second_BO, fmt.low, fmt.high)
+    return round_block(w_BO, u_BB, scale_BO, second_BO, fmt)
 
 
-def round_block(w_BO: Tensor, u_BB: Tensor, scale_BO: Tensor, zero_BO: Tensor | None, fmt: IntFormat) -> Tensor:
-    """Overwrite the weights of one block with their integers, and return the errors e_i as `e_BO`."""
+def round_block(w_BO: Tensor, u_BB: Tensor, scale_BO: Tensor, second_BO: Tensor | None, fmt: Format) -> Tensor:
+    """Overwrite the weights of one block with their elements, and return the errors e_i as `e_BO`."""
     e_BO = torch.empty_like(w_BO)
     for i, (w_O, e_O, scale_O) in enumerate(zip(w_BO, e_BO, scale_BO, strict=True)):
-        zero_O = None if zero_BO is None else zero_BO[i]
-        q_O = nearest_integers(w_O, scale_O, zero_O, fmt)
-        torch.sub(w_O, from_integers(q_O.clone(), scale_O, zero_O), out=e_O)
+        grid = scale_O, None if second_BO is None else second_BO[i]
+        q_O = fmt.nearest(w_O, *grid)
+        torch.sub(w_O, fmt.values(q_O.clone(), *grid), out=e_O)
         e_O.div_(u_BB[i, i])
         w_BO[i + 1 :].addr_(u_BB[i, i + 1 :], e_O, alpha=-1)
         w_O.copy_(q_O)

@@ -1,8 +1,8 @@
 """The second-order statistics of a linear's inputs, and the factor of their inverse that GPTQ needs.
 
-    H = (1/N) Σ xᵀx        H⁻¹ = Uᵀ U,  U upper triangular
+    H = (1/N) Σ xᵀx        H⁻¹ = Uᵀ U,  U upper triangular        energy of X: tr(X H Xᵀ) = E|x Xᵀ|²
 
-Shapes: I in features, T tokens.
+Shapes: I in features, O out features, T tokens.
 """
 
 from __future__ import annotations
@@ -15,25 +15,28 @@ from torch import Tensor
 from spinfold.compute import precision
 from spinfold.errors import SpinfoldError
 
-__all__ = ["HessianAccumulator", "InverseFactor", "inverse_factor"]
+__all__ = ["HessianAccumulator", "InverseFactor", "energy", "inverse_factor"]
 
 
 class HessianAccumulator:
-    """Sums xᵀx over calibration tokens: products in fp32, over at most 8192 tokens each, running sum in fp64."""
+    """Sums xᵀx, or yᵀx, over calibration tokens: products in fp32 of at most 8192 tokens each, the sum in fp64."""
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
         self._sum_II = torch.zeros(size, size, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, x_TI: Tensor) -> None:
-        """Count the tokens of `x (..., I)`, the linear's input as it is at run time (online maps applied)."""
-        size = self._sum_II.shape[0]
+    def add(self, x_TI: Tensor, y_TI: Tensor | None = None) -> None:
+        """Count the tokens of `x (..., I)`, the linear's input as it is at run time (online maps applied).
+
+        With `y`, of the same shape, their products with it are summed: yᵀx.
+        """
+        size, device = self._sum_II.shape[0], self._sum_II.device
         x_TI = x_TI.reshape(-1, size)
-        with precision("fp32", self._sum_II.device):  # TF32 would lose more than the 1 % damping hides
-            for part_TI in torch.split(x_TI, 8192):
-                part_TI = part_TI.to(self._sum_II.device, torch.float32)
-                self._sum_II += part_TI.T @ part_TI
+        y_TI = x_TI if y_TI is None else y_TI.reshape(-1, size)
+        with precision("fp32", device):  # TF32 would lose more than the 1 % damping hides
+            for x_PI, y_PI in zip(x_TI.split(8192), y_TI.split(8192), strict=True):
+                self._sum_II += y_PI.to(device, torch.float32).T @ x_PI.to(device, torch.float32)
         self.count += x_TI.shape[0]
 
     def value(self) -> Tensor:
@@ -45,6 +48,12 @@ class HessianAccumulator:
                 "Use more calibration text, or rounding `rtn`, which needs none.",
             )
         return self._sum_II / self.count
+
+
+def energy(x_OI: Tensor, hessian_II: Tensor) -> float:
+    """tr(X H Xᵀ), the mean squared output of a weight `x_OI`."""
+    with precision("fp32", x_OI.device):
+        return float(((x_OI @ hessian_II.to(x_OI.dtype)) * x_OI).sum(dtype=torch.float64))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spinfold.formats import ClipSearch, IntFormat, QuantizedWeight, fit_grid
+from spinfold.formats import ClipSearch, Format, QuantizedWeight, fit_grid
 
 __all__ = ["round_nearest"]
 
@@ -16,11 +16,11 @@ __all__ = ["round_nearest"]
 @torch.no_grad()
 def round_nearest(
     w_OI: Tensor,
-    fmt: IntFormat,
+    fmt: Format,
     search: ClipSearch | None = None,
     *,
     scale_dtype: torch.dtype = torch.float32,
 ) -> QuantizedWeight:
     """Round `w_OI` to the grid that `fit_grid` finds for it. Raises what `fit_grid` raises."""
     grid = fit_grid(w_OI, fmt, search=search, scale_dtype=scale_dtype)
-    return QuantizedWeight(grid.quantize(w_OI), grid.scale_OG, grid.zero_OG, fmt)
+    return QuantizedWeight(grid.quantize(w_OI), grid.scale_OG, grid.second_OG, fmt)

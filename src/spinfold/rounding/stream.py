@@ -1,0 +1,137 @@
+"""Calibration tokens on their way through a network, layer by layer, and the statistics of what they bring to a wire.
+
+A wire's second moment is the Hessian of every linear that reads it. An expert has a Hessian of its own, H_e, from the
+n_e tokens that are routed to it. With fewer tokens than inputs H_e is singular, so the mean H over the layer's experts
+stands in for the tokens that are missing:
+
+    H_e <- s H_e + (1 - s) H,    s = min(1, n_e / I)
+
+Shapes: N windows, T tokens, B windows per batch, D residual width, I in features, K experts of a token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from spinfold.compute import pick_precision, precision
+from spinfold.networks import Layer, Network
+from spinfold.rounding.hessian import HessianAccumulator
+
+__all__ = ["Moments", "Stream", "copy_layer", "moments_of"]
+
+_TOKENS_PER_BATCH = {"cuda": 32768, "cpu": 4096}
+
+
+@dataclass(frozen=True)
+class Moments:
+    """H = E[xᵀx] of a linear's inputs, and D = E[(x° - x)ᵀx], x° the input in the unrounded network, if it is known."""
+
+    hessian_II: Tensor
+    drift_II: Tensor | None = None
+
+
+class Stream:
+    """The calibration tokens at the input of a layer, batch by batch: `(B, T, D)` each."""
+
+    def __init__(self, network: Network, ids_NT: Tensor, compute: str) -> None:
+        self.device = network.device
+        self.mode = pick_precision(compute, self.device)
+        self.batches: list[Tensor] = []
+        self.kwargs_of: list[dict[str, Any]] = []
+        windows_per_batch = max(1, _TOKENS_PER_BATCH.get(self.device.type, 4096) // ids_NT.shape[1])
+        for ids_BT in ids_NT.to(self.device).split(windows_per_batch):
+            x_BTD, self.kwargs_of = network.layer_arguments(ids_BT)
+            self.batches.append(x_BTD)
+
+    def copy(self) -> Self:
+        """The same tokens on a way of their own."""
+        twin = copy.copy(self)
+        twin.batches = list(self.batches)
+        return twin
+
+    def pass_through(self, layer: Layer) -> None:
+        """On to the input of the next layer."""
+        with precision(self.mode, self.device):
+            for i, x_BTD in enumerate(self.batches):
+                self.batches[i] = layer(x_BTD, **self.kwargs_of[layer.index])
+
+    def on_wire(self, layer: Layer, wire: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """What a wire of the next layer carries, fp32, and on the wires of experts which of them a token meets,
+        `(T, K)`; the rest of the layer does not run."""
+        seen: list[tuple[Tensor, Tensor | None]] = []
+
+        def note(_: nn.Module, args: tuple[Tensor, ...], x: Tensor) -> None:
+            seen.append((x.float(), args[1] if len(args) > 1 else None))
+            raise _Enough
+
+        for x_BTD in self.batches:
+            handle = layer.wire(wire).register_forward_hook(note)
+            try:
+                with precision(self.mode, self.device), suppress(_Enough):
+                    layer(x_BTD, **self.kwargs_of[layer.index])
+            finally:
+                handle.remove()
+            yield seen.pop()
+
+
+class _Enough(Exception):
+    """The wire has been seen."""
+
+
+def copy_layer(layer: Layer) -> Layer:
+    """A layer that computes what this one does now, whatever happens to its weights."""
+    twin = copy.copy(layer)
+    twin.module = copy.deepcopy(layer.module)
+    twin.wires = cast(nn.ModuleDict, twin.module.wires)
+    return twin
+
+
+def moments_of(
+    stream: Stream,
+    layer: Layer,
+    wire: str,
+    experts: Iterable[int | None],
+    original: tuple[Stream, Layer] | None = None,
+) -> Iterator[tuple[int | None, Moments]]:
+    """The statistics of what reads a wire; on the wires of experts those of each.
+
+    `original` is the stream in the unrounded network with its layer, for the drift. Experts have none: there a token
+    may have met others.
+    """
+    hessians: dict[int | None, HessianAccumulator] = {}
+    drift: HessianAccumulator | None = None
+    unrounded = original[0].on_wire(original[1], wire) if original else None
+    for x, experts_TK in stream.on_wire(layer, wire):
+        for expert, x_TI in _rows(x, experts_TK):
+            hessians.setdefault(expert, HessianAccumulator(x_TI.shape[1], x.device)).add(x_TI)
+        if unrounded is not None and experts_TK is None:
+            drift = drift or HessianAccumulator(x.shape[-1], x.device)
+            drift.add(x, next(unrounded)[0] - x)
+    if None in hessians:
+        yield None, Moments(hessians[None].value(), drift.value() if drift else None)
+        return
+    total = sum(one.count for one in hessians.values())
+    mean_II = sum((one.value() * (one.count / total) for one in hessians.values()), start=torch.zeros(()))
+    for expert in experts:
+        own = hessians.pop(expert, None)
+        share = min(1.0, own.count / len(mean_II)) if own else 0.0
+        yield expert, Moments(own.value() * share + mean_II * (1 - share) if own else mean_II)
+
+
+def _rows(x: Tensor, experts_TK: Tensor | None) -> Iterator[tuple[int | None, Tensor]]:
+    """What a wire carries, `(T, I)`; on the wires of experts what each of them reads."""
+    if experts_TK is None:
+        yield None, x.flatten(0, -2)
+        return
+    num_tokens, per_token = experts_TK.shape
+    x_KTI = x.reshape(-1, num_tokens, x.shape[-1]).expand(per_token, -1, -1)
+    experts_KT = experts_TK.T
+    for expert in experts_KT.unique().tolist():
+        yield expert, x_KTI[experts_KT == expert]
