@@ -6,8 +6,9 @@
     Live     a terminal: stage, bar, elapsed, time left, note; finished stages stay as lines
     Plain    a log: a line when a stage starts and ends, and at most one in ten seconds between
     Quiet    nothing
+    Logged   what another one shows, and a line in a file when a stage ends
 
-All three record every finished stage. Stages may nest.
+All of them record every finished stage. Stages may nest.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Protocol, TextIO
 
 from rich.console import Console
@@ -26,7 +29,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, Time
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-__all__ = ["Bar", "Live", "Plain", "Progress", "Quiet", "StageRecord", "for_terminal"]
+__all__ = ["Bar", "Live", "Logged", "Plain", "Progress", "Quiet", "StageRecord", "for_terminal"]
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,26 @@ class _LiveBar(_Shown):
         live.depth -= 1
         if live.depth == 0:
             live.display.stop()
+
+
+class Logged(Progress):
+    """Another progress, with a line appended to the file `path` when a stage ends: when, what, seconds, peak memory."""
+
+    def __init__(self, shown: Progress, path: Path) -> None:
+        self.shown, self.path, self.records = shown, path, shown.records
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Bar]:
+        start, end = time.monotonic(), "stopped"
+        try:
+            with self.shown.stage(name, total) as bar:
+                yield bar
+            end = "done"
+        finally:
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            line = f"{now}  {end:7}  {time.monotonic() - start:9.2f} s  {peak_bytes() / 1e9:8.3f} GB  {name}\n"
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
 
 
 def for_terminal(stream: TextIO | None = None) -> Progress:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from spinfold.progress import Live, Plain, Progress, Quiet, for_terminal
+from spinfold.progress import Live, Logged, Plain, Progress, Quiet, for_terminal
 
 
 class Clock:
@@ -100,3 +101,21 @@ def test_a_terminal_keeps_a_line_of_each_finished_stage() -> None:
 
 def test_a_pipe_gets_lines() -> None:
     assert isinstance(for_terminal(io.StringIO()), Plain)
+
+
+# ---- the log -------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_has_a_line_for_every_stage_that_ended_and_says_how(tmp_path: Path) -> None:
+    shown, _, _ = quiet()
+    path = tmp_path / "log.txt"
+    progress = Logged(shown, path)
+    with progress.stage("outer"), progress.stage("inner") as bar:
+        bar.advance()
+    with pytest.raises(KeyboardInterrupt), progress.stage("fit"):
+        raise KeyboardInterrupt
+    Logged(shown, path).stage("never entered")
+    lines = [line.split() for line in path.read_text("utf-8").splitlines()]
+    assert [(words[1], words[-1]) for words in lines] == [("done", "inner"), ("done", "outer"), ("stopped", "fit")]
+    assert progress.records is shown.records
+    assert [record.name for record in progress.records] == ["inner", "outer"]

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
+from zlib import error as ZlibError
 
 import numpy as np
 import torch
@@ -154,7 +155,7 @@ class Outliers:
                     tokens=int(file["tokens"]),
                     surfaces=surfaces,
                 )
-        except (OSError, ValueError, KeyError, BadZipFile, EOFError) as error:
+        except (OSError, ValueError, KeyError, BadZipFile, EOFError, ZlibError) as error:
             why = f"{type(error).__name__}: {error}."
             raise SpinfoldError(f"Outlier statistics {path} can't be read.", why, "Measure them again.") from None
 

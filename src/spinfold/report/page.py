@@ -16,14 +16,14 @@ from typing import Any
 
 import yaml
 
-from spinfold.errors import SpinfoldError
+from spinfold.errors import SpinfoldError, reading
 from spinfold.evaluation.outliers import Outliers
 from spinfold.recipe import Bits
 from spinfold.report import figures
 from spinfold.report.document import Chart, Section, render
 from spinfold.report.tables import cells, columns_of, human_bytes, human_seconds, perplexity_text
 
-__all__ = ["build_report", "write_report"]
+__all__ = ["WIRE_TITLES", "build_report", "outlier_panels", "surfaces", "write_report"]
 
 Data = Mapping[str, Any]
 ORTHOGONALITY_TOLERANCE = 1e-6
@@ -48,23 +48,20 @@ def write_report(run_dir: str | Path) -> Path:
         run = json.loads((run_dir / "run.json").read_text("utf-8"))
         if not isinstance(run, dict):
             raise ValueError("it is not an object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SpinfoldError(
             f"{run_dir} is not the folder of a run.",
             f"Its run.json can't be read: {error}.",
             "Give the folder that `spinfold quantize` wrote.",
         ) from None
     before, after = (run_dir / f"outliers-{when}.npz" for when in ("before", "after"))
-    page = build_report(
-        run,
-        Outliers.load(before) if before.is_file() else None,
-        Outliers.load(after) if after.is_file() else None,
-        folder=run_dir.resolve().name,
-    )
+    outliers = [Outliers.load(path) if path.is_file() else None for path in (before, after)]
+    with reading(run_dir / "run.json"):
+        page = build_report(run, *outliers, folder=run_dir.resolve().name)
     path = run_dir / "report.html"
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with beside.open("w", encoding="utf-8", newline="\n") as file:
+        with beside.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
             file.write(page)
             file.flush()
             os.fsync(file.fileno())
@@ -83,8 +80,8 @@ def build_report(
 ) -> str:
     """The page's HTML. `folder` is what the run is called where the page says how to use it."""
     sections = [
-        *_surfaces(outliers_before, outliers_after),
-        *_outlier_panels(outliers_before, outliers_after),
+        *surfaces(outliers_before, outliers_after),
+        *outlier_panels(outliers_before, outliers_after),
         *_rounding(run_json),
         *_fit(run_json),
         *_stages(run_json),
@@ -191,7 +188,7 @@ def _environment(run: Data) -> list[tuple[str, str]]:
 # ---- the figures -----------------------------------------------------------------------------------------------
 
 
-def _surfaces(before: Outliers | None, after: Outliers | None) -> list[Section]:
+def surfaces(before: Outliers | None, after: Outliers | None) -> list[Section]:
     shown = [(when, outliers) for when, outliers in (("before", before), ("after", after)) if outliers]
     places = list(dict.fromkeys(place for _, outliers in shown for place in outliers.places))
     charts = []
@@ -212,7 +209,7 @@ def _surfaces(before: Outliers | None, after: Outliers | None) -> list[Section]:
     return [Section("Where the outliers are", caption, charts, layout="pairs")]
 
 
-def _outlier_panels(before: Outliers | None, after: Outliers | None) -> list[Section]:
+def outlier_panels(before: Outliers | None, after: Outliers | None) -> list[Section]:
     shown = {when: outliers for when, outliers in (("before", before), ("after", after)) if outliers}
     if not shown:
         return []

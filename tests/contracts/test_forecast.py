@@ -1,0 +1,169 @@
+"""What a forecast promises: it costs no weight read and no file, it grows with what costs, and what does not fit is
+refused at once. How near it comes to what is measured stands in docs/planning.md.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+import torch
+import zoo
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_run import TEXT, recipe, tiny_model
+
+import spinfold
+from spinfold import pipeline
+from spinfold.cli import main
+from spinfold.errors import SpinfoldError
+from spinfold.forecast import Forecast, Machine, Sizes, forecast, measure_machine
+from spinfold.methods import METHODS
+from spinfold.networks import Network
+from spinfold.networks.sources import Checkpoint, resolve
+from spinfold.recipe import Recipe
+
+MACHINE = Machine("cpu", 3e11, 1e11, 5e10, 2e9, 10**12)
+CUDA = replace(MACHINE, device="cuda", free_device_bytes=10**12)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: Path) -> Checkpoint:
+    return resolve(model)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, "utf-8")
+    return path
+
+
+def predicted(checkpoint: Checkpoint, machine: Machine = MACHINE, **changes: Any) -> Forecast:
+    return forecast(checkpoint, Recipe().with_(**changes), machine, text_tokens=10**5, held_out_tokens=4096)
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen2", "phi3", "gemma2", "mixtral", "qwen3_moe"])
+def test_the_sizes_are_those_of_the_network(family: str, tmp_path: Path) -> None:
+    build = (zoo.FAMILIES | zoo.EXPERTS)[family]
+    sizes = Sizes.of(resolve(zoo.write_tiny_tokenizer(zoo.save(build(), tmp_path / "model"))))
+    network = Network(build())
+    network.untie()
+    assert sizes.parameters == sum(parameter.numel() for parameter in network.model.parameters())
+    every = [linear for layer in network.layers for linear in layer.foldable]
+    assert sizes.linears == sum(linear.weight_OI.numel() for linear in every)
+    assert sizes.widest == max(linear.weight_OI.shape[1] for linear in every)
+    assert (sizes.active < sizes.linears) is (family in zoo.EXPERTS)
+
+
+# ---- the forecast ----------------------------------------------------------------------------------------------
+
+
+@given(st.sampled_from(sorted(METHODS)), st.integers(1, 64), st.integers(1, 64))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+def test_more_of_anything_takes_no_less(checkpoint: Checkpoint, method: str, samples: int, steps: int) -> None:
+    small = predicted(checkpoint, method=method, calibration__samples=samples, fit__steps=steps)
+    for more in ({"calibration__samples": 2 * samples}, {"fit__steps": 2 * steps}, {"calibration__seq_len": 4096}):
+        both = {"method": method, "calibration__samples": samples, "fit__steps": steps} | more
+        large = predicted(checkpoint, **both)
+        assert large.seconds >= small.seconds
+        assert large.peak_bytes >= small.peak_bytes
+    assert predicted(checkpoint, method=method, rounding__method="rtn").seconds < predicted(
+        checkpoint, method=method, rounding__method="gptq").seconds  # fmt: skip
+
+
+@given(st.floats(1.1, 100))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=20)
+def test_a_faster_machine_takes_less_time_and_the_same_memory(checkpoint: Checkpoint, times: float) -> None:
+    rates = ("products", "products_fp32", "products_fp64", "passes")
+    fast = replace(MACHINE, **{name: times * getattr(MACHINE, name) for name in rates})
+    slow, quick = predicted(checkpoint), predicted(checkpoint, fast)
+    assert quick.seconds < slow.seconds
+    assert quick.peak_bytes == slow.peak_bytes
+
+
+def test_checkpointing_trades_time_for_memory(checkpoint: Checkpoint) -> None:
+    plain = predicted(checkpoint, method="spinquant")
+    kept = predicted(checkpoint, method="spinquant", fit__checkpointing=True)
+    assert kept.seconds > plain.seconds
+    fits = [stage for found in (plain, kept) for stage in found.stages if stage.name == "fit and fold"]
+    assert fits[0].peak_bytes > fits[1].peak_bytes
+
+
+def test_on_a_gpu_the_network_is_there_and_not_here(checkpoint: Checkpoint) -> None:
+    here, there = predicted(checkpoint), predicted(checkpoint, CUDA)
+    assert here.peak_device_bytes is None
+    assert there.peak_device_bytes is not None
+    assert 4 * Sizes.of(checkpoint).parameters < there.peak_device_bytes < here.peak_bytes
+
+
+@pytest.mark.parametrize("share", [0.5, 0.99, 1.01])
+@pytest.mark.parametrize("where", ["free_bytes", "free_device_bytes"])
+def test_what_does_not_fit_is_said(checkpoint: Checkpoint, where: str, share: float) -> None:
+    found = predicted(checkpoint, CUDA)
+    need = found.peak_bytes if where == "free_bytes" else found.peak_device_bytes
+    assert need is not None
+    verdict = replace(found, machine=replace(CUDA, **{where: int(share * need)})).fits()
+    assert bool(verdict) is (share > 1)
+    assert verdict or ("GPU" in verdict.reason) is (where == "free_device_bytes")
+
+
+# ---- before a run ----------------------------------------------------------------------------------------------
+
+
+def test_a_plan_reads_no_weight_and_writes_nothing(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Checkpoint, "load_model", None)
+    command = ["quantize", str(model), "-o", str(tmp_path / "out"), "--calibration", str(text), "--device", "cpu"]
+    command += ["--seq-len", "64", "--samples", "4", "--plan"]
+    assert main(command) == 0
+    table = capsys.readouterr().out
+    for stage in ("load model", "evaluate original", "round weights", "all"):
+        assert stage in table
+    assert main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["seconds"] == pytest.approx(sum(stage["seconds"] for stage in told["stages"]))
+    assert told["fits"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpoint, "load_model", None)
+    monkeypatch.setattr(pipeline, "unmeasured_machine", lambda _: replace(MACHINE, free_bytes=10**8))
+    with pytest.raises(SpinfoldError, match=r"does not fit(.|\n)*0\.1 GB are free"):
+        tiny_run.quantize(model, tmp_path / "out", text, method="quarot")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_stages_are_those_of_a_run(model: Path, text: Path, tmp_path: Path) -> None:
+    run = tiny_run.quantize(model, tmp_path / "out", text, method="quarot")
+    seen = {stage["name"] for stage in run.data["stages"]}
+    told = [stage.name for stage in spinfold.predict(str(model), tmp_path / "new", recipe(text), device="cpu").stages]
+    assert seen == set(told) - {"fit and fold"}
+    assert [name for name in told if name in seen] == [stage["name"] for stage in run.data["stages"]]
+    log = (run.path / "log.txt").read_text("utf-8").splitlines()
+    assert [line.split("GB  ")[1] for line in log] == [stage["name"] for stage in run.data["stages"]]
+    assert all(" done " in line for line in log)
+
+
+def test_the_machine_is_measured_in_about_a_second() -> None:
+    machine = measure_machine(torch.device("cpu"), "fp32")
+    assert machine.products == machine.products_fp32 > machine.products_fp64 > 0
+    assert machine.passes > 0
+    assert machine.free_bytes > 1 << 20
+    assert machine.free_device_bytes is None
