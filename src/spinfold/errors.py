@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["CheckFailed", "SpinfoldError", "Verdict"]
+__all__ = ["CheckFailed", "SpinfoldError", "Verdict", "reading"]
 
 
 class SpinfoldError(Exception):
@@ -42,3 +45,15 @@ class Verdict:
         """Raise `SpinfoldError(what)` with this verdict's reason unless it is positive."""
         if not self.ok:
             raise SpinfoldError(what, self.reason, self.fix)
+
+
+@contextmanager
+def reading(path: Path, fix: str = "Make the run again.") -> Iterator[None]:
+    """Around code that uses what a file of ours says: if somebody has changed the file, the error is about the file."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is a RuntimeError
+            raise
+        why = f"What it says does not fit together: {type(error).__name__}, {str(error)[:200]}."
+        raise SpinfoldError(f"{path} is not what spinfold wrote.", " ".join(why.split()), fix) from error

@@ -6,6 +6,7 @@
         outliers-*.npz          activation statistics before and after
         run.json                figures, proofs, stages, environment
         report.html             the page
+        log.txt                 when each stage ended, its seconds and peak memory, of stopped attempts too
         state/                  only while unfinished: key.json, what the run was asked for, and its finished stages
 
 Files and folders are written beside their place, flushed to disk and renamed, so that none is ever half there. A run
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
@@ -29,12 +31,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spinfold.errors import SpinfoldError
+from spinfold.errors import SpinfoldError, reading
 
-__all__ = ["RunFolder", "load_tensors", "read_json", "save_tensors", "whole_folder", "write_json", "write_whole"]
+__all__ = [
+    "RunFolder",
+    "is_leftover",
+    "load_tensors",
+    "read_json",
+    "save_tensors",
+    "whole_folder",
+    "write_json",
+    "write_whole",
+]
 
 _LEFTOVER = re.compile(r"\..+\.\d+(\.part)?")
 """The hidden name, with a process id, that a file has while it is written."""
+
+
+def is_leftover(path: Path) -> bool:
+    """Is this what a process was writing when it was killed, or what one is writing now?"""
+    return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -58,7 +74,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """A folder for the body to fill, put in the place of `path` at once when it is done; on any error nothing remains.
 
     `path` is new or an empty folder. An empty one is filled rather than replaced, config.json last: it may be a mount
-    point, or stand where nothing else may be made.
+    point, or stand where nothing else may be made. What a killed process has left of the same folder is removed.
     """
     path = path.resolve()
     occupied = path.is_dir()
@@ -66,17 +82,21 @@ def whole_folder(path: Path) -> Iterator[Path]:
     beside = path / _beside(path).name if occupied else _beside(path)
     moved: list[Path] = []
     try:
+        for leftover in beside.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            with suppress(SpinfoldError), _locked(leftover):  # whoever still writes holds it
+                shutil.rmtree(leftover, ignore_errors=True)
         beside.mkdir()
-        yield beside
-        for entry in [*beside.rglob("*"), beside]:
-            _flush(entry)
-        if occupied:
-            entries = sorted(beside.iterdir(), key=lambda entry: entry.name == "config.json")
-            moved.extend(entry.rename(path / entry.name) for entry in entries)
-            beside.rmdir()
-        else:
-            moved.append(beside.rename(path))
-        _flush(path.parent)
+        with _locked(beside):
+            yield beside
+            for entry in [*beside.rglob("*"), beside]:
+                _flush(entry)
+            if occupied:
+                entries = sorted(beside.iterdir(), key=lambda entry: entry.name == "config.json")
+                moved.extend(entry.rename(path / entry.name) for entry in entries)
+                beside.rmdir()
+            else:
+                moved.append(beside.rename(path))
+            _flush(path.parent)
     except BaseException:
         for entry in moved:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -95,7 +115,7 @@ def read_json(path: Path) -> Any:
     """Read JSON; a `SpinfoldError` names a file that is missing or broken."""
     try:
         return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SpinfoldError(f"{path} can't be read.", str(error), "Make the run again.") from None
 
 
@@ -135,6 +155,11 @@ class RunFolder:
         return self.path / "state"
 
     @property
+    def log(self) -> Path:
+        """Where the stages are logged while the run is unfinished."""
+        return self.state / "log.txt"
+
+    @property
     def finished(self) -> bool:
         """Has the run come to its end?"""
         return (self.path / "run.json").is_file() and not self.state.exists()
@@ -169,7 +194,7 @@ class RunFolder:
 
     def _kept(self) -> list[Path]:
         """The stages that are done."""
-        return [path for path in self.state.glob("*") if path != self._key and not _LEFTOVER.fullmatch(path.name)]
+        return [path for path in self.state.glob("*") if path not in (self._key, self.log) and not is_leftover(path)]
 
     def _check(self, key: dict[str, Any], resume: bool) -> None:
         """Refuse to touch the stages of another run."""
@@ -178,7 +203,8 @@ class RunFolder:
         if not resume:
             why = "It was stopped before its end."
             raise SpinfoldError(f"{self.path} holds an unfinished run.", why, "Add --resume, or remove the folder.")
-        before = read_json(self._key)
+        with reading(self._key, "Remove the folder, and run without --resume."):
+            before = dict(read_json(self._key))
         if changed := sorted(name for name in key if before.get(name) != key[name]):
             raise SpinfoldError(
                 f"{self.path} can't be resumed.",
@@ -189,11 +215,12 @@ class RunFolder:
     def _claim(self, key: dict[str, Any]) -> None:
         """Clear away what a killed process was writing, and make the state this run's."""
         for leftover in [*self.path.glob(".*"), *self.state.glob(".*")]:
-            if _LEFTOVER.fullmatch(leftover.name):
+            if is_leftover(leftover):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         if not self._key.is_file():
             shutil.rmtree(self.state, ignore_errors=True)  # stages of nobody knows what
-            write_json(self._key, key)
+            with whole_folder(self.state) as state:  # without its key it would be somebody else's folder
+                write_json(state / self._key.name, key)
 
 
 @contextmanager

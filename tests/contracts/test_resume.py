@@ -1,23 +1,18 @@
 """A run that was stopped, anywhere and anyhow, goes on and ends with the same bytes as one that was not.
 
 Stops are placed by the progress that a run reports, so each happens at exactly the step that its test names. What a
-killed process leaves is a copy of its folder at that moment; what Ctrl-C leaves is what the process tidies up.
+killed process leaves is a copy of its folder at that moment; what Ctrl-C leaves is what the process tidies up. Real
+signals to real processes, at any of their file operations, are in tests/reliability.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tiny_run import TEXT, Hook, contents, quantize, tiny_model, tree
 
-import spinfold
-from spinfold.cli import main
 from spinfold.errors import SpinfoldError
 from spinfold.progress import Quiet
 from spinfold.run import RunFolder
@@ -179,46 +174,3 @@ def test_a_second_process_is_refused_and_disturbs_nothing(
     assert contents(quantize(model, output, text, progress=Hook(again)).path) == uninterrupted
     assert len(refusals) == 4
     assert all("in use" in refusals[i] for i in (1, 3))
-
-
-# ---- the real signal -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("sent", "after", "kept"),
-    [
-        (signal.SIGINT, "fit rotations ...", False),
-        (signal.SIGINT, "round weights (gptq) ...", True),
-        (signal.SIGKILL, "round weights (gptq) ...", True),
-    ],
-    ids=["Ctrl-C in the fit", "Ctrl-C in rounding", "kill in rounding"],
-)
-def test_a_real_signal(sent: signal.Signals, after: str, kept: bool, model: Path, text: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    words = f"quantize {model} -o {output} --calibration {text} --samples 4 --seq-len 32 --steps 3000 --device cpu"
-    if kept:
-        words = words.replace("--steps 3000", "--steps 1").replace("--samples 4", "--samples 120")
-    source = str(Path(spinfold.__file__).parents[1])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "spinfold", *words.split()],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": source},
-    )
-    assert process.stderr is not None
-    lines = []
-    for line in process.stderr:
-        lines.append(line.strip())
-        if lines[-1] == after:
-            process.send_signal(sent)
-    process.wait(timeout=60)
-    assert output.exists() is kept, lines
-    assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGKILL)
-    if sent == signal.SIGINT:
-        assert not [line for line in lines if "Traceback" in line]
-        last = "Interrupted. The finished stages are kept: the same command with --resume goes on from there."
-        assert lines[-1] == (last if kept else "Interrupted.")
-    if kept:
-        assert main([*words.split(), "--resume"]) == 0
-        assert RunFolder(output).finished
