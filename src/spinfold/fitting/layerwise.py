@@ -192,7 +192,7 @@ def fit_to_activations(
             label="fit value rotations",
         )
         maps = replace(maps, value=tuple(Orthogonal(R_HH) for R_HH in R_LHH))
-        log = FitLog(losses, settings["value"].steps * rows)
+        log = FitLog(losses)
     if isinstance(residual, Map):
         x_SD = pooled(captured, *WIRES_OF["residual"])
         R_DD, losses = fit_layerwise(
@@ -204,7 +204,7 @@ def fit_to_activations(
             label="fit residual rotation",
         )
         maps = replace(maps, residual=Orthogonal(R_DD))
-        log = FitLog(losses, settings["residual"].steps * rows)
+        log = FitLog(losses)
     return maps, log
 
 
@@ -225,7 +225,7 @@ def alternate_procrustes(
     not the nearest point of a fixed set: the best R of all turns is returned, in fp64, with the mean squared error at
     every turn.
     """
-    R_NN = best_NN = start_NN.double()
+    R_NN = best_NN = project(start_NN.double())
     errors: list[float] = []
     with (progress or Quiet()).stage(label, total=steps) as bar:
         for turn in range(steps + 1):
@@ -235,7 +235,7 @@ def alternate_procrustes(
             if errors[-1] == min(errors):
                 best_NN = R_NN
             if turn < steps:
-                R_NN = project(R_NN @ project((y_SN.mT @ target_SN).double()))
+                R_NN = R_NN @ project((y_SN.mT @ target_SN).double())  # a product of two orthogonal ones stays one
                 bar.advance(note=f"error {errors[-1]:.4g}")
     return best_NN, tuple(errors)
 

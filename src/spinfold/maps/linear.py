@@ -78,15 +78,15 @@ class Orthogonal(Map):
         self.size = R_NN.shape[-1] * (R_NN.shape[0] if R_NN.ndim == 3 else 1)
 
     def apply(self, x: Tensor) -> Tensor:
-        dtype = compute_dtype(x)
+        dtype, autocast = compute_dtype(x), torch.is_autocast_enabled(x.device.type)
         R_NN = self.R_NN.to(dtype).contiguous()  # one layout, so that a map read back from a file gives the same bits
-        x_TN = check_width(x, self.size).to(dtype)
+        x_TN = check_width(x, self.size) if autocast else check_width(x, self.size).to(dtype)
         if R_NN.ndim == 2:
             y_TN = x_TN @ R_NN
         else:
             x_TBN = x_TN.reshape(*x.shape[:-1], R_NN.shape[0], R_NN.shape[-1])
             y_TN = torch.einsum("...bn,bnm->...bm", x_TBN, R_NN).flatten(-2)
-        return y_TN if torch.is_autocast_enabled(x.device.type) else y_TN.to(x.dtype)
+        return y_TN if autocast else y_TN.to(x.dtype)
 
     def inverse(self) -> Orthogonal:
         return Orthogonal(self.R_NN.mT)

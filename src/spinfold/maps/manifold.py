@@ -60,9 +60,7 @@ def project(R_NN: Tensor) -> Tensor:
     X_NN = R_NN.double()
     for _ in range(_NEWTON_STEPS):
         inverse_NN = torch.linalg.inv_ex(X_NN).inverse.mT
-        lengths = [
-            torch.linalg.matrix_norm(one, ord=order) for one in (inverse_NN, X_NN) for order in (1, torch.inf)
-        ]
+        lengths = [torch.linalg.matrix_norm(one, ord=order) for one in (inverse_NN, X_NN) for order in (1, torch.inf)]
         scale = (lengths[0] * lengths[1] / (lengths[2] * lengths[3])) ** 0.25
         scale = torch.where((scale - 1).abs() < 0.01, 1.0, scale)[..., None, None]  # near the end it would only disturb
         before_NN, X_NN = X_NN, (scale * X_NN + inverse_NN / scale) / 2

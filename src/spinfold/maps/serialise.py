@@ -47,7 +47,7 @@ def from_parts(config: Config, tensors: Tensors) -> Map:
         if linear_map.size != config.get("size", linear_map.size):
             raise ValueError(f"the config says size {config['size']}, the tensors {linear_map.size}")
         return linear_map
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:  # torch's errors are RuntimeErrors
         raise SpinfoldError(
             f"The description of a map of kind {kind!r} is incomplete or inconsistent.",
             f"Missing entry: {error}." if isinstance(error, KeyError) else f"{error}.",

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from math import gcd
 
 import torch
 
@@ -31,7 +32,7 @@ from spinfold.fitting.capture import Captured, capture, pooled
 from spinfold.fitting.end_to_end import FitLog
 from spinfold.fitting.layerwise import LayerwiseSettings, dense, fit_layerwise, rows_term
 from spinfold.fitting.row_objectives import rounding_error
-from spinfold.formats import IntFormat
+from spinfold.formats import Format
 from spinfold.maps import Map, Orthogonal, SiteMaps, kronecker_hadamard
 from spinfold.methods.base import QUANTIZERS, FitTask, Method
 from spinfold.methods.optrot_plus import fit_to_feedback
@@ -94,7 +95,7 @@ def _fit_to_wires(task: FitTask, start: SiteMaps, log: FitLog, *, residual: bool
     if residual and isinstance(start.residual, Map) and quantizer is not None:
         first = dense(start.residual, network.device)
         R_DD, losses = _rotate(task, first, pooled(captured, *_NORMS), quantizer, _GLOBAL, "fit residual basis")
-        log, maps = FitLog(losses, len(ids_NT)), replace(maps, residual=Orthogonal(R_DD))
+        log, maps = FitLog(losses), replace(maps, residual=Orthogonal(R_DD))
         if recipe.fit.rank:
             x_BSD = torch.stack([captured[layer, wire] for layer in layers for wire in _NORMS])
             first_BDD = R_DD.float().expand(len(x_BSD), -1, -1)
@@ -102,8 +103,11 @@ def _fit_to_wires(task: FitTask, start: SiteMaps, log: FitLog, *, residual: bool
                 task, first_BDD, x_BSD, quantizer, _LOCAL, "fit bases per boundary", rows_per_step=2048
             )
             bases = tuple(Orthogonal(R_DD) for R_DD in R_BDD)
-            log, maps = FitLog(losses, len(ids_NT)), replace(maps, residual=(*bases, bases[-1]))
+            log, maps = FitLog(losses), replace(maps, residual=(*bases, bases[-1]))
     if head_quantizer := recipe.kv_format or recipe.activation_format:
+        if head_quantizer.group_size:  # blocks of a row may lie across heads
+            common = gcd(head_quantizer.group_size, network.layers[0].head_dim)
+            head_quantizer = replace(head_quantizer, group_size=common)
         for site, wire in (("value", "value"), ("query_key", "key")):
             if (before := getattr(start, site)) is not None:
                 fitted = _rotate_heads(task, before, captured, wire, head_quantizer)
@@ -112,7 +116,7 @@ def _fit_to_wires(task: FitTask, start: SiteMaps, log: FitLog, *, residual: bool
 
 
 def _rotate_heads(
-    task: FitTask, before: Sequence[Map], captured: Captured, wire: str, quantizer: IntFormat
+    task: FitTask, before: Sequence[Map], captured: Captured, wire: str, quantizer: Format
 ) -> tuple[Map, ...]:
     x_LSH = torch.stack([captured[layer, wire] for layer in range(len(before))])
     first_LHH = torch.stack([dense(one, x_LSH.device) for one in before])
@@ -124,7 +128,7 @@ def _rotate(
     task: FitTask,
     first: torch.Tensor,
     rows: torch.Tensor,
-    quantizer: IntFormat,
+    quantizer: Format,
     settings: LayerwiseSettings,
     label: str,
     *,

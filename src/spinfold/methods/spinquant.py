@@ -31,7 +31,7 @@ from spinfold.compute import pick_precision, precision
 from spinfold.fitting.clipping import CLIP_WINDOWS, LearnedClips, search_clips
 from spinfold.fitting.end_to_end import FitLog, Optimizer, Schedule, fit_end_to_end
 from spinfold.fitting.objectives import distillation_loss, next_token_loss
-from spinfold.formats import IntFormat
+from spinfold.formats import Format, IntFormat
 from spinfold.maps import CayleySGD, Kronecker, Map, Orthogonal, SiteMaps, project
 from spinfold.methods.base import QUANTIZERS, FitTask, Method
 from spinfold.methods.quarot import hadamard_maps
@@ -137,7 +137,7 @@ def _hidden(network: Network, ids_NT: Tensor, mode: str) -> Tensor:
         return torch.cat([network.hidden(ids_BT.to(network.device)).bfloat16() for ids_BT in ids_NT.split(batch)])
 
 
-def _weight_format(recipe: Recipe) -> IntFormat | None:
+def _weight_format(recipe: Recipe) -> Format | None:
     """How weights are rounded during a fit: as `fit.weight_bits` says, else only where nothing else is quantized."""
     bits = recipe.fit.weight_bits
     if bits is None:
