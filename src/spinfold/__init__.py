@@ -17,15 +17,19 @@ if TYPE_CHECKING:
     from spinfold.comparison import Comparison, compare
     from spinfold.errors import CheckFailed, SpinfoldError
     from spinfold.exporting import Exported, export, targets
+    from spinfold.forecast import Forecast
     from spinfold.grid import Grid
-    from spinfold.pipeline import MethodInfo, Proof, Run, evaluate, methods, quantize, report, rotate, verify
+    from spinfold.inspection import Inspection, inspect
+    from spinfold.pipeline import MethodInfo, Proof, Run, evaluate, methods, predict, quantize, report, rotate, verify
     from spinfold.recipe import Recipe
 
 __all__ = [
     "CheckFailed",
     "Comparison",
     "Exported",
+    "Forecast",
     "Grid",
+    "Inspection",
     "MethodInfo",
     "Proof",
     "Recipe",
@@ -35,7 +39,9 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "inspect",
     "methods",
+    "predict",
     "quantize",
     "report",
     "rotate",
@@ -48,11 +54,14 @@ _HOME = {
     "CheckFailed": "spinfold.errors",
     "Comparison": "spinfold.comparison",
     "Exported": "spinfold.exporting",
+    "Forecast": "spinfold.forecast",
     "Grid": "spinfold.grid",
+    "Inspection": "spinfold.inspection",
     "Recipe": "spinfold.recipe",
     "SpinfoldError": "spinfold.errors",
     "compare": "spinfold.comparison",
     "export": "spinfold.exporting",
+    "inspect": "spinfold.inspection",
     "targets": "spinfold.exporting",
 }
 

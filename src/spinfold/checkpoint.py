@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from spinfold.errors import SpinfoldError
+from spinfold.errors import SpinfoldError, reading
 from spinfold.folding import place_online
-from spinfold.formats import IntFormat, QuantizedWeight
+from spinfold.formats import QuantizedWeight
 from spinfold.maps import SiteMaps
 from spinfold.networks import WIRES, Network
 from spinfold.networks.sources import transformers_errors
@@ -57,8 +57,10 @@ def save_maps(folder: Path, maps: SiteMaps) -> None:
 
 def load_maps(folder: Path) -> SiteMaps:
     """The inverse of `save_maps`; every map is checked to be what it claims."""
-    maps = SiteMaps.from_parts(read_json(folder / "maps.json"), load_tensors(folder / "maps.safetensors")[0])
-    maps.explain().require(f"{folder} holds a broken map.")
+    tensors, _ = load_tensors(folder / "maps.safetensors")
+    with reading(folder / "maps.json"):
+        maps = SiteMaps.from_parts(read_json(folder / "maps.json"), tensors)
+        maps.explain().require(f"{folder} holds a broken map.")
     return maps
 
 
@@ -69,7 +71,8 @@ def save_clips(folder: Path, clips: Clips) -> None:
 
 def load_clips(folder: Path) -> Clips:
     """The inverse of `save_clips`."""
-    return {name: float(ratio) for name, ratio in read_json(folder / "clips.json").items()}
+    with reading(folder / "clips.json"):
+        return {name: float(ratio) for name, ratio in read_json(folder / "clips.json").items()}
 
 
 def rounded_tensors(rounded: Sequence[RoundedLinear]) -> dict[str, Tensor]:
@@ -183,27 +186,30 @@ def load_run(path: Path, device: torch.device) -> Network:
     The recipe is the one in run.json: recipe.yaml is the user's copy.
     """
     config, folder = run_config(path), path / "model"
-    recipe = Recipe.parse(read_json(path / "run.json").get("recipe"), f"recipe in {path / 'run.json'}")
+    with reading(path / "run.json"):
+        recipe = Recipe.parse(read_json(path / "run.json").get("recipe"), f"recipe in {path / 'run.json'}")
     tensors, _ = load_tensors(folder / "model.safetensors")
     with transformers_errors(f"The model of the run {path} can't be built.", "Make the run again."):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
     network = Network(model, tokenizer, path.name)
     try:
-        _fill(network, tensors, recipe.weight_format)
+        _fill(network, tensors, recipe)
     except (KeyError, RuntimeError) as error:
         why = f"A tensor is missing or does not fit: {' '.join(str(error).split())[:300]}"
         raise SpinfoldError(f"{folder} is not this run's model.", why, "Make the run again.") from None
     network.to(device)
-    place_online(network, load_maps(path))
-    quantize_wires(network, recipe, clips=load_clips(path))
+    maps, clips = load_maps(path), load_clips(path)
+    with reading(path):
+        place_online(network, maps)
+        quantize_wires(network, recipe, clips=clips)
     return network
 
 
-def _fill(network: Network, tensors: dict[str, Tensor], format: IntFormat | None) -> None:
+def _fill(network: Network, tensors: dict[str, Tensor], recipe: Recipe) -> None:
     """Put stored tensors into a network that was built from its config; KeyError or RuntimeError if they don't fit."""
     rounded: set[str] = set()
-    if format is not None:
+    if recipe.weight_format is not None:
         linears = {f"layers.{linear.layer}.{linear.key}": linear for linear in network.linears}
         parts_of: dict[str, dict[str, Tensor]] = {name: {} for name in linears}
         for key in list(tensors):
@@ -211,6 +217,8 @@ def _fill(network: Network, tensors: dict[str, Tensor], format: IntFormat | None
             if name in linears:
                 parts_of[name][part] = tensors.pop(key)
         for name, linear in linears.items():
+            format = recipe.weight_format_of(name)
+            assert format is not None
             linear.weight_OI.copy_(QuantizedWeight.from_tensors(parts_of[name], format).dequantize())
             rounded.add(linear.parameter)
     missing, unexpected = network.model.load_state_dict(tensors, strict=False)

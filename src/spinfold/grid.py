@@ -20,20 +20,20 @@ As YAML, for `--plan` (an entry's own bits, rounding and seeds stand in for the 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import chain, product
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from spinfold.errors import SpinfoldError
 from spinfold.plan import find_method
-from spinfold.recipe import Bits, Recipe, presets
+from spinfold.recipe import Bits, Recipe, RoundingMethod, parse_yaml, presets, read_yaml
 
 __all__ = ["Cell", "Entry", "Grid"]
 
@@ -41,7 +41,7 @@ _AXES = ("method", "bits", "seed", "rounding.method")
 """The fields of a recipe that have a place of their own in a table."""
 
 BitWidths = tuple[Annotated[str, AfterValidator(lambda text: str(Bits.parse(text)))], ...]
-Roundings = tuple[Literal["rtn", "gptq"], ...]
+Roundings = tuple[RoundingMethod, ...]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,12 @@ class Entry(_Strict):
     bits: BitWidths | None = None
     rounding: Roundings | None = None
     seeds: tuple[int, ...] | None = None
+
+    @field_validator("label")
+    @classmethod
+    def _is_text(cls, label: str) -> str:
+        label.encode()  # a ValueError if it holds half a character, which has no place in a file
+        return label
 
     @model_validator(mode="before")
     @classmethod
@@ -126,7 +132,7 @@ class Grid(_Strict):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """From a YAML file."""
-        return cls.parse(_mapping(Path(path)), f"plan {path}")
+        return cls.parse(read_yaml(Path(path)), f"plan {path}")
 
     def base(self, recipe: Recipe) -> Recipe:
         """`recipe` with what all entries share on top."""
@@ -150,7 +156,7 @@ class Grid(_Strict):
             for bits, seed in product(entry.bits or self.bits, entry.seeds or self.seeds):
                 for rounding in roundings if Bits.parse(bits).weights != 16 else roundings[:1]:
                     axes = {"bits": bits, "seed": seed, "rounding": {"method": rounding}}
-                    recipe = Recipe.parse(_merge(data, axes), f"recipe of {entry.label!r}")
+                    recipe = Recipe.parse(_merge(data, axes), f"recipe of {entry.label[:200]!r}")
                     order = (every_bits.index(bits), every_rounding.index(rounding), place)
                     yield Cell(entry.label, recipe, _changes(base, recipe), order)
 
@@ -164,11 +170,11 @@ def _parse(word: str) -> dict[str, Any]:
         path, equals, value = override.partition("=")
         if not equals:
             raise SpinfoldError(
-                f"{word!r} names no comparison.",
-                f"{override!r} is not field=value.",
+                f"{word[:200]!r} names no comparison.",
+                f"{override[:200]!r} is not field=value.",
                 "Write label=method:field=value, such as clipped=quarot:activations.clip=0.9.",
             )
-        changed = yaml.safe_load(value)
+        changed = parse_yaml(value, f"The value in {override[:200]!r}")
         for key in reversed(path.strip().split(".")):
             changed = {key: changed}
         recipe = _merge(recipe, changed)
@@ -180,21 +186,10 @@ def _source(name: str) -> dict[str, Any]:
     if not name.endswith((".yaml", ".yml")):
         return {"method": find_method(name).name}
     preset = name.removesuffix(".yaml")
-    if not Path(name).is_file() and preset in presets():
-        return _mapping(resources.files("spinfold") / "recipes" / name)
+    if not os.path.isfile(name) and preset in presets():
+        return read_yaml(resources.files("spinfold") / "recipes" / name)
     Recipe.load(name)  # says what is wrong with it
-    return _mapping(Path(name))
-
-
-def _mapping(path: Any) -> dict[str, Any]:
-    """A YAML file's mapping; a `SpinfoldError` names a file that has none."""
-    try:
-        data = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SpinfoldError(f"{path} can't be read.", " ".join(str(error).split()), "Give a YAML file.") from None
-    if not isinstance(data, dict):
-        raise SpinfoldError(f"{path} is not a mapping.", "It holds no `key: value` lines.", "Mend the file.")
-    return data
+    return read_yaml(Path(name))
 
 
 def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from spinfold.checkpoint import (
     save_model,
 )
 from spinfold.compute import pick_device, pick_precision
-from spinfold.errors import CheckFailed, SpinfoldError
+from spinfold.errors import CheckFailed, SpinfoldError, reading
 from spinfold.evaluation import (
     TOLERANCE,
     Fingerprint,
@@ -60,15 +60,16 @@ from spinfold.fitting.clipping import CLIP_WINDOWS, search_clips
 from spinfold.fitting.end_to_end import FitLog
 from spinfold.fitting.text import load_text, tokenize, windows
 from spinfold.folding import fold, fold_norms
+from spinfold.forecast import Forecast, Machine, forecast, measure_machine, unmeasured_machine
 from spinfold.formats import QuantizedWeight
 from spinfold.maps import SiteMaps, as_held
 from spinfold.methods import METHODS, FitTask
 from spinfold.networks import Network
 from spinfold.networks.sources import Checkpoint, resolve
-from spinfold.progress import Progress, Quiet
+from spinfold.progress import Logged, Progress, Quiet
 from spinfold.recipe import Calibration, Recipe
 from spinfold.report import write_report
-from spinfold.rounding import RoundedLinear, round_network
+from spinfold.rounding import RoundedLinear, meet_budget, round_network
 from spinfold.run import RunFolder, load_tensors, read_json, save_tensors, whole_folder, write_json, write_whole
 from spinfold.runtime import Clips, quantize_wires
 
@@ -79,6 +80,7 @@ __all__ = [
     "Subject",
     "evaluate",
     "methods",
+    "predict",
     "prepare",
     "quantize",
     "report",
@@ -89,6 +91,8 @@ __all__ = [
 _HELD_OUT = 0.2
 """The last fifth of the calibration text is kept for the figures, never for fitting."""
 _EVAL_TOKENS = {"cuda": 1 << 18, "cpu": 4096}
+_SLACK = 1.25
+"""A run is refused if it needs this many times the free memory: predictions are within a fifth (docs/planning.md)."""
 _PROOF_TOKENS, _CAST_TOKENS = 256, 2048
 
 
@@ -228,8 +232,16 @@ def rotate_network(
     if "residual" in sites:
         fold_norms(network)
     if maps is None:
-        task = FitTask(network, recipe, sites, lambda n, count: subject.windows(n, count, recipe.seed), progress)
-        maps, log = METHODS[recipe.method].fit(task)
+        asked = 0
+
+        def draw(seq_len: int, count: int) -> Tensor:
+            nonlocal asked
+            ids_NT = subject.windows(seq_len, count, recipe.seed)
+            asked = max(asked, len(ids_NT))
+            return ids_NT
+
+        maps, log = METHODS[recipe.method].fit(FitTask(network, recipe, sites, draw, progress))
+        log = replace(log, samples=log.samples or asked)
         maps.explain().require(f"The method {recipe.method} gave a map that can't be folded.")
     if recipe.online_dtype != "float32":
         maps = maps.each_replaced(lambda one: as_held(one, getattr(torch, recipe.online_dtype)), ("down",))
@@ -263,7 +275,7 @@ def quantize(
     `SpinfoldError` for what can't be done, before weights are loaded where that can be known, and `CheckFailed` if a
     proof does not hold.
     """
-    recipe, progress, output = recipe or Recipe(), progress or Quiet(), Path(output)
+    recipe, progress, output = recipe or Recipe.load("spinfold"), progress or Quiet(), Path(output)
     place = pick_device(device)
     plan.check_output(output, resume)
     checkpoint = resolve(model)
@@ -274,6 +286,8 @@ def quantize(
     for name in baselines:
         plan.plan_run(checkpoint.config, recipe.with_(method=name))
     texts = [load_text(source).text for source in (recipe.calibration.source, evaluate_on) if source is not None]
+    room = _forecast(checkpoint, recipe, texts, unmeasured_machine(place)).fits(_SLACK)
+    room.require("This run does not fit on this machine.")
     key = {
         "model": checkpoint.fingerprint(),
         "recipe": recipe.model_dump(mode="json"),
@@ -282,6 +296,7 @@ def quantize(
         "baselines": list(baselines),
     }
     with folder.writing(key, resume=resume):
+        progress = Logged(progress, folder.log)
         subject = prepare(checkpoint, recipe, place, progress, held_out=evaluate_on, max_tokens=_tokens_needed(recipe))
         rows = [row("original", subject.quality)]
         rows += [_baseline(subject, recipe.with_(method=name), progress) for name in baselines]
@@ -290,20 +305,51 @@ def quantize(
         rotated = _kept_rotation(folder, subject, recipe, progress)
         after = measure_outliers(rotated.network, subject.held_out_NT[:4], at=before.places)
         clips = clips_of(subject, rotated, recipe, progress)
+        asked, recipe = recipe, _kept_allocation(folder, subject, rotated.network, recipe, progress)
         rounded = _kept_rounding(folder, subject, rotated.network, recipe, progress)
         seconds = time.perf_counter() - start
         rows.append(_measure(subject, rotated.network, recipe, clips, progress, seconds, "quantized"))
         with progress.stage("write checkpoint"):
-            write_whole(output / "recipe.yaml", lambda path: path.write_text(recipe.to_yaml(), "utf-8"))
+            write_whole(output / "recipe.yaml", lambda path: path.write_text(asked.to_yaml(), "utf-8"))
             save_maps(output, rotated.maps)
             save_clips(output, clips)
             save_model(output / "model", rotated.network, rounded)
             before.save(output / "outliers-before.npz")
             after.save(output / "outliers-after.npz")
         data = describe(subject, recipe, rotated, rounded, rows, place, progress, evaluate_on)
+        log = folder.log.read_bytes()
+        write_whole(output / "log.txt", lambda path: path.write_bytes(log))
         write_json(output / "run.json", data)
         write_report(output)
     return Run(output, data)
+
+
+def predict(
+    model: str,
+    output: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    device: str = "auto",
+    evaluate_on: str | None = None,
+) -> Forecast:
+    """What `quantize` with these arguments would take, stage by stage; no weight is read and nothing written.
+
+    What it would refuse is refused here too, but for a run that does not fit: `Forecast.fits` says so.
+    """
+    recipe, place = recipe or Recipe.load("spinfold"), pick_device(device)
+    plan.check_output(output)
+    checkpoint = resolve(model)
+    plan.plan_run(checkpoint.config, recipe)
+    texts = [load_text(source).text for source in (recipe.calibration.source, evaluate_on) if source is not None]
+    return _forecast(checkpoint, recipe, texts, measure_machine(place, recipe.compute))
+
+
+def _forecast(checkpoint: Checkpoint, recipe: Recipe, texts: Sequence[str], machine: Machine) -> Forecast:
+    """With the calibration text, and perhaps another one for the figures; a token has about four characters."""
+    lengths = [len(text) // 4 for text in texts]
+    held = lengths[1] if len(lengths) > 1 else int(_HELD_OUT * lengths[0])
+    limit = _EVAL_TOKENS.get(machine.device, _EVAL_TOKENS["cpu"])
+    return forecast(checkpoint, recipe, machine, text_tokens=lengths[0], held_out_tokens=min(held, limit))
 
 
 def row(name: str, quality: Quality, seconds: float | None = None) -> dict[str, Any]:
@@ -359,19 +405,31 @@ def _kept_rotation(folder: RunFolder, subject: Subject, recipe: Recipe, progress
     """The rotated network, from maps that an earlier, stopped process has kept if there are any."""
     kept = folder.state / "fit"
     if kept.is_dir():
-        log = read_json(kept / "log.json")
-        return rotate_network(
-            subject,
-            recipe,
-            progress,
-            maps=load_maps(kept),
-            log=FitLog(tuple(log["losses"]), log["samples"], log["clips"]),
-        )
+        with reading(kept):
+            data = read_json(kept / "log.json")
+            log = FitLog(tuple(map(float, data["losses"])), int(data["samples"]), dict(data["clips"]))
+            return rotate_network(subject, recipe, progress, maps=load_maps(kept), log=log)
     rotated = rotate_network(subject, recipe, progress)
     with whole_folder(kept) as part:
         save_maps(part, rotated.maps)
         write_json(part / "log.json", asdict(rotated.log))
     return rotated
+
+
+def _kept_allocation(
+    folder: RunFolder, subject: Subject, network: Network, recipe: Recipe, progress: Progress
+) -> Recipe:
+    """The recipe with its budget spent, once, on a width for each linear; itself if it has none."""
+    if recipe.budget is None:
+        return recipe
+    kept = folder.state / "allocation.json"
+    if kept.is_file():
+        return Recipe.parse(read_json(kept))
+    calibration = recipe.calibration
+    ids_NT = subject.windows(calibration.seq_len, calibration.samples, recipe.seed)
+    spent = meet_budget(network, recipe, ids_NT, progress=progress)
+    write_json(kept, spent.model_dump(mode="json"))
+    return spent
 
 
 def _kept_rounding(
@@ -383,7 +441,8 @@ def _kept_rounding(
     done: list[list[RoundedLinear]] = []
     while (path := folder.state / f"layer-{len(done):04}.safetensors").is_file():
         tensors, metadata = load_tensors(path)
-        done.append(_read_layer(tensors, metadata, recipe))
+        with reading(path):
+            done.append(_read_layer(tensors, metadata, recipe))
     rounded = [one for layer in done for one in layer]
     calibration = recipe.calibration
     ids_NT = subject.windows(calibration.seq_len, calibration.samples, recipe.seed)
@@ -399,15 +458,14 @@ def _layer_metadata(layer: Sequence[RoundedLinear]) -> dict[str, str]:
 
 
 def _read_layer(tensors: dict[str, Tensor], metadata: dict[str, str], recipe: Recipe) -> list[RoundedLinear]:
-    assert recipe.weight_format is not None
     layer = []
     for name, text in metadata.items():
         _, index, role = name.split(".")
         parts = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
         numbers = [None if word == "None" else float(word) for word in text.split()]
-        layer.append(
-            RoundedLinear(int(index), role, QuantizedWeight.from_tensors(parts, recipe.weight_format), *numbers)
-        )
+        format = recipe.weight_format_of(name)
+        assert format is not None
+        layer.append(RoundedLinear(int(index), role, QuantizedWeight.from_tensors(parts, format), *numbers))
     return layer
 
 

@@ -1,6 +1,6 @@
 """Every refusal that config, family, recipe and output folder allow, before a weight is read.
 
-    plan_run(config, recipe)         the request itself: method, sites, group size, window lengths
+    plan_run(config, recipe)         the request itself: method, sites, format, group size, window lengths
     check_seq_len(config, seq_len)   a window that the model can see as a whole
     check_output(path, resume)       a folder that may be written, and holds nothing that would be lost
 
@@ -12,13 +12,18 @@ from __future__ import annotations
 import difflib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from spinfold.errors import SpinfoldError
+from spinfold.formats import FLOAT_FORMATS, IntFormat
+from spinfold.formats.microscaling import ELEMENTS
 from spinfold.methods import METHODS, Method
 from spinfold.networks import ONLINE_SITES, Family, family_of
-from spinfold.recipe import Recipe
+from spinfold.recipe import Bits, Recipe
+from spinfold.rounding import WIDTHS
+from spinfold.run import is_leftover
 
 __all__ = ["ONLINE_SITES", "check_output", "check_seq_len", "find_method", "is_run", "plan_run"]
 
@@ -32,7 +37,9 @@ def plan_run(config: Any, recipe: Recipe) -> None:
     _check_sites(method, recipe.sites, family)
     method.suits(recipe).require(f"The method {method.name!r} can't do what the recipe asks.")
     _check_widths(config, method, family)
+    _check_format(config, family, recipe)
     _check_group_size(config, family, recipe)
+    _check_mixed(config, family, recipe)
     check_seq_len(config, recipe.calibration.seq_len)
     if method.needs_data and recipe.fit.seq_len is not None:
         check_seq_len(config, recipe.fit.seq_len)
@@ -72,7 +79,7 @@ def check_output(path: str | Path, resume: bool = False) -> None:
             raise SpinfoldError(
                 what, "It holds an earlier run.", "Go on with that run by --resume, or choose another folder."
             )
-        held = sorted(entry.name for entry in path.iterdir())
+        held = sorted(entry.name for entry in path.iterdir() if not is_leftover(entry))
         if held and not is_run(path):
             some = ", ".join(held[:3]) + (f" and {len(held) - 3} more" if len(held) > 3 else "")
             raise SpinfoldError(what, f"It already holds something else: {some}.", "Choose a new or empty folder.")
@@ -115,6 +122,38 @@ def _check_widths(config: Any, method: Method, family: Family) -> None:
         )
 
 
+def _check_format(config: Any, family: Family, recipe: Recipe) -> None:
+    """A floating-point format fixes its bits and its blocks, and whole blocks make a row."""
+    for why, fix in _objections(config, family, recipe):
+        raise SpinfoldError(f"The format {recipe.format} can't be used as the recipe asks.", why, fix)
+
+
+def _objections(config: Any, family: Family, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Why a format can't be had, and what to do."""
+    if recipe.format == "int":
+        if recipe.floats.model_dump(exclude_none=True):
+            yield "`floats` chooses variants of floating-point formats.", "Leave it out, or choose another --format."
+        return
+    own, asked, format = FLOAT_FORMATS[recipe.format], Bits.parse(recipe.bits), recipe.float_format
+    assert format is not None
+    if format.bits != own.bits:
+        same = " or ".join(name for name, element in ELEMENTS.items() if element.bits == own.bits)
+        yield f"Its elements have {own.bits} bits, and {format.element} has {format.bits}.", f"Choose {same}."
+    if wrong := {asked.weights, asked.activations} - {own.bits, 16}:
+        weights, activations = (16 if bits == 16 else own.bits for bits in asked[:2])
+        near = Bits(weights, activations, asked.kv)
+        yield f"Its numbers have {own.bits} bits, not {min(wrong)}.", f"Use --bits {near}, or --format int."
+    if own.group_size and (recipe.group_size or recipe.activations.per_head):
+        fix = "Leave --group-size and activations.per_head out."
+        yield f"Its blocks are of {own.group_size} numbers, by definition.", fix
+    widths = sorted(set().union(*_inputs(config, family).values()))
+    if own.group_size and any(width % own.group_size for width in widths):
+        why = f"The linears of this model have {', '.join(map(str, widths))} inputs, and it takes whole blocks of"
+        yield f"{why} {own.group_size}.", "Use --format int or fp8, or another model."
+    if recipe.rounding.method == "autoround":
+        yield "Learned rounding is for integer grids.", "Use --rounding gptq, or --format int."
+
+
 def _check_group_size(config: Any, family: Family, recipe: Recipe) -> None:
     """A group size must divide the input of every linear, and there must be weights to group."""
     size = recipe.group_size
@@ -123,8 +162,7 @@ def _check_group_size(config: Any, family: Family, recipe: Recipe) -> None:
     what = f"A group size of {size} can't be used."
     if recipe.weight_format is None:
         raise SpinfoldError(what, "The weights stay in 16 bits.", "Leave --group-size out, or ask for fewer bits.")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    widths = sorted({config.hidden_size, config.num_attention_heads * head_dim} | family.mlp_widths(config))
+    widths = sorted(set().union(*_inputs(config, family).values()))
     common = math.gcd(*widths)
     if common % size:
         divisors = [str(n) for n in range(2, common + 1) if common % n == 0]
@@ -133,3 +171,42 @@ def _check_group_size(config: Any, family: Family, recipe: Recipe) -> None:
             f"The linears of this model have {', '.join(map(str, widths))} inputs, and it does not divide them all.",
             f"Use one of {', '.join(divisors)}." if divisors else "Leave --group-size out.",
         )
+
+
+def _inputs(config: Any, family: Family) -> dict[str, set[int]]:
+    """How many inputs the linears of each role have."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    own = {"o": {config.num_attention_heads * head_dim}, "down": family.mlp_widths(config)}
+    return {role: own.get(role, {config.hidden_size}) for role in family.linears}
+
+
+def _check_mixed(config: Any, family: Family, recipe: Recipe) -> None:
+    """Overrides that mean some linear of this model and fit it; a budget that its narrowest grids may meet."""
+    if not recipe.overrides and recipe.budget is None:
+        return
+    format, inputs = recipe.weight_format, _inputs(config, family)
+    if not isinstance(format, IntFormat):
+        why = "They choose among integer grids." if format else "The weights stay in 16 bits."
+        raise SpinfoldError("Overrides and a budget can't be had here.", why, "Leave them out, or ask for fewer bits.")
+    for one in recipe.overrides:
+        what = f"The override {one.match!r} can't be used."
+        meant = {role for i in range(config.num_hidden_layers) for role in inputs if one.fits(f"layers.{i}.{role}")}
+        if not meant:
+            last, roles = config.num_hidden_layers - 1, ", ".join(inputs)
+            why = f"It fits no linear of this model: they are layers.0.ROLE to layers.{last}.ROLE, with ROLE {roles}."
+            raise SpinfoldError(what, why, "Write a pattern such as layers.*.down or layers.0.*.")
+        widths = sorted(set().union(*(inputs[role] for role in meant)))
+        if isinstance(one.group_size, int) and any(width % one.group_size for width in widths):
+            why = f"Its linears have {', '.join(map(str, widths))} inputs, which {one.group_size} does not divide."
+            common = math.gcd(*widths)
+            divisors = [str(n) for n in range(2, common + 1) if common % n == 0]
+            raise SpinfoldError(what, why, f"Use one of {', '.join(['row', *divisors])}.")
+    if recipe.budget is not None and not recipe.overrides:
+        widest = recipe.group_size or max(max(widths) for widths in inputs.values())
+        per_scale = recipe.scale_dtype.itemsize * 8 + (0 if format.symmetric else min(WIDTHS))
+        if recipe.budget < (least := min(WIDTHS) + per_scale / widest):
+            raise SpinfoldError(
+                f"A budget of {recipe.budget} bits per weight can't be met.",
+                f"The narrowest grids take {least:.3g} bits per weight or more, with their scales.",
+                "Raise the budget, or use larger groups.",
+            )

@@ -8,24 +8,31 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, Self
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self, get_args
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from spinfold.errors import SpinfoldError
-from spinfold.formats import ClipSearch, IntFormat
+from spinfold.formats import FLOAT_FORMATS, ClipSearch, FloatFormat, Format, IntFormat
+from spinfold.formats.microscaling import Scale
 
-__all__ = ["Bits", "Recipe", "presets"]
+__all__ = ["Bits", "Override", "Recipe", "RoundingMethod", "parse_yaml", "presets", "read_yaml"]
 
 SCHEMA_VERSION: Final = 1
+_MAX_BYTES = 1 << 20
 Site = Literal["residual", "value", "query_key", "down"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+RoundingMethod = Literal["rtn", "gptq", "gptaq", "ldlq", "autoround"]
 Clip = Annotated[float, Field(gt=0, le=1)] | Literal["searched", "learned"]
 
 
@@ -89,13 +96,56 @@ class KVCache(_Section):
     clip: Clip = 1.0
 
 
-class Rounding(_Section):
-    """How weights get onto the grid."""
+class Floats(_Section):
+    """Variants of a floating-point `format`: another element of as many bits, another rule for the scales (see
+    `formats.microscaling`); None is the format's own. Not for integers.
+    """
 
-    method: Literal["rtn", "gptq"] = "gptq"
+    element: Literal["e2m1", "e2m3", "e3m2", "e4m3", "e5m2"] | None = None
+    scale: Scale | None = None
+
+
+class Rounding(_Section):
+    """How weights get onto the grid.
+
+    `damp`, `act_order` and `block_size` are GPTQ's. `gptaq` aims by a share `alpha` at the unrounded output.
+    `ldlq` goes over the columns `passes` times more. `autoround` takes `steps` signed steps a layer on `batch` windows,
+    the first of size `learning_rate` (None: 1 / steps). `absorb` is OSAQ's share of the input energy, such as 1e-4:
+    before it is rounded each row is flattened along the directions that hold no more than it; None leaves it as it is.
+    """
+
+    method: RoundingMethod = "gptq"
     damp: float = Field(0.01, gt=0, le=1)
     act_order: bool = True
     block_size: int = Field(128, ge=1, le=4096)
+    alpha: float = Field(0.25, ge=0, le=1)
+    passes: int = Field(0, ge=0, le=1000)
+    steps: int = Field(200, ge=0, le=100_000)
+    batch: int = Field(8, ge=1, le=65536)
+    learning_rate: float | None = Field(None, gt=0)
+    absorb: float | None = Field(None, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _absorbs_before_a_matrix(self) -> Self:
+        if self.absorb is not None and self.method == "autoround":
+            raise ValueError("autoround learns a whole layer and has no Hessian to absorb by")
+        return self
+
+
+class Override(_Section):
+    """Another grid for the linears whose name, such as `layers.3.down`, the pattern `match` has, as a shell's `*.txt`.
+
+    What is None stays as it is; `group_size` "row" is one scale for the whole row. Experts go by their role.
+    """
+
+    match: str
+    bits: int | None = Field(None, ge=2, le=8)
+    group_size: Annotated[int, Field(ge=1)] | Literal["row"] | None = None
+    symmetric: bool | None = None
+
+    def fits(self, name: str) -> bool:
+        """Is the linear `name`, such as `layers.3.down` or `layers.3.down@5`, meant?"""
+        return fnmatchcase(name.partition("@")[0], self.match)
 
 
 class Calibration(_Section):
@@ -150,20 +200,27 @@ class Fit(_Section):
 class Recipe(_Section):
     """One run's choices. Unknown keys are errors that name the nearest known one.
 
+    `overrides` give some linears another grid than the others; the last one that fits wins. `budget` is the number of
+    bits per weight, scales included, that the linears may take together: each gets the width at which it serves best
+    (`rounding.allocate`), but for those whose width an override names. A run's own recipe has an override for each.
+
     `online_dtype` is the one in which the target holds the online map before `down`: below float32, the weights are
     folded with the rounded map (`maps.held`), which is part of the function then.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    method: str = "spinquant"
+    method: str = "spinfold"
     sites: tuple[Site, ...] | None = None
     bits: str = "W4A4KV4"
-    format: Literal["int"] = "int"
+    format: Literal["int", "fp8", "mxfp4", "mxfp6", "mxfp8", "nvfp4", "amxfp4"] = "int"
+    floats: Floats = Floats()
     group_size: int | None = Field(None, ge=1)
     weights: Weights = Weights()
     activations: Activations = Activations()
     kv: KVCache = KVCache()
     rounding: Rounding = Rounding()
+    overrides: tuple[Override, ...] = ()
+    budget: float | None = Field(None, gt=2, lt=16)
     calibration: Calibration = Calibration()
     fit: Fit = Fit()
     online_dtype: Dtype = "float32"
@@ -182,18 +239,49 @@ class Recipe(_Section):
         return None if sites is None else tuple(site for site in order if site in sites)
 
     @property
-    def weight_format(self) -> IntFormat | None:
-        """The grid of each linear weight; None at 16 bits."""
-        bits = Bits.parse(self.bits).weights
-        return None if bits == 16 else IntFormat(bits, self.weights.symmetric, self.group_size)
+    def float_format(self) -> FloatFormat | None:
+        """What `format` and `floats` name, if that is not integers, as weights have it."""
+        if self.format == "int":
+            return None
+        return replace(FLOAT_FORMATS[self.format], **self.floats.model_dump(exclude_none=True))
 
     @property
-    def activation_format(self) -> IntFormat | None:
-        """The grid of each token at a linear's input; None at 16 bits."""
-        bits = Bits.parse(self.bits).activations
-        return None if bits == 16 else IntFormat(bits, self.activations.symmetric, clip=_ratio(self.activations.clip))
+    def weight_format(self) -> Format | None:
+        """The grid of each linear weight; None at 16 bits."""
+        bits, floats = Bits.parse(self.bits).weights, self.float_format
+        if bits == 16:
+            return None
+        if floats:
+            return replace(floats, group_size=floats.group_size or self.group_size)
+        return IntFormat(bits, self.weights.symmetric, self.group_size)
 
-    def attention_out_format(self, head_dim: int) -> IntFormat | None:
+    def weight_format_of(self, linear: str, bits: int | None = None) -> Format | None:
+        """The grid of one linear, such as `layers.3.down`, with `overrides`, and `bits` if given; None at 16 bits."""
+        format = self.weight_format
+        if format is None:
+            return None
+        for one in self.overrides:
+            if one.fits(linear):
+                changes = one.model_dump(exclude={"match"}, exclude_none=True)
+                changes |= {"group_size": None} if one.group_size == "row" else {}
+                format = replace(format, **changes)
+        return format if bits is None else replace(format, bits=bits)
+
+    def fixed_bits(self, linear: str) -> int | None:
+        """The width that an override names for one linear."""
+        return next((one.bits for one in reversed(self.overrides) if one.bits and one.fits(linear)), None)
+
+    @property
+    def activation_format(self) -> Format | None:
+        """The grid of each token at a linear's input; None at 16 bits."""
+        bits, floats, clip = Bits.parse(self.bits).activations, self.float_format, _ratio(self.activations.clip)
+        if bits == 16:
+            return None
+        if floats:
+            return replace(floats, outer=floats.outer and "row", clip=clip)
+        return IntFormat(bits, self.activations.symmetric, clip=clip)
+
+    def attention_out_format(self, head_dim: int) -> Format | None:
         """The grid of o_proj's input: the whole row, or one group per head."""
         whole = self.activation_format
         return replace(whole, group_size=head_dim) if whole and self.activations.per_head else whole
@@ -243,35 +331,21 @@ class Recipe(_Section):
     @classmethod
     def load(cls, source: str | Path) -> Self:
         """From a YAML file, or the name of a preset shipped with spinfold."""
-        path = Path(source)
         if str(source) in presets():
-            text = (resources.files("spinfold") / "recipes" / f"{source}.yaml").read_text("utf-8")
-        elif path.is_file():
-            try:
-                text = path.read_text("utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise SpinfoldError(f"Recipe {path} can't be read.", str(error), "Give a UTF-8 YAML file.") from None
+            data = read_yaml(resources.files("spinfold") / "recipes" / f"{source}.yaml")
+        elif os.path.isfile(source):
+            data = read_yaml(Path(source))
         else:
             near = difflib.get_close_matches(str(source), presets(), n=1)
             raise SpinfoldError(
-                f"There is no recipe {str(source)!r}.",
+                f"There is no recipe {str(source)[:200]!r}.",
                 "It is neither a file nor a preset." + (f" Did you mean {near[0]!r}?" if near else ""),
                 f"Give a YAML file or one of: {', '.join(presets())}.",
-            )
-        try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise SpinfoldError(
-                f"Recipe {source} is not YAML.", " ".join(str(error).split()), "Mend the file."
-            ) from None
-        if not isinstance(data, dict):
-            raise SpinfoldError(
-                f"Recipe {source} is not a mapping.", "It holds no `key: value` lines.", "Mend the file."
             )
         version = data.get("schema_version", SCHEMA_VERSION)
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise SpinfoldError(
-                f"Recipe {source} has schema version {version}.",
+                f"Recipe {source} has schema version {_shown(version)}.",
                 f"This spinfold knows versions up to {SCHEMA_VERSION}.",
                 "Install a newer spinfold.",
             )
@@ -285,6 +359,45 @@ class Recipe(_Section):
         """A short hash of the named fields (of all, if none is named)."""
         data = self.model_dump(mode="json", include=set(sections) or None)
         return hashlib.sha256(yaml.safe_dump(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data without aliases: a page of them can stand for more values than any memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"{self.peek_event().anchor!r} is an alias, which can't be used here")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """The plain data in a text; a `SpinfoldError` says what is wrong with `what`."""
+    try:
+        return yaml.load(text, _Loader)
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        RecursionError,
+        AttributeError,
+    ) as error:  # of numbers, dates, depth
+        why = " ".join(str(error).split())[:300]
+        raise SpinfoldError(f"{what} is not YAML.", f"{type(error).__name__}: {why}", "Mend it.") from None
+
+
+def read_yaml(path: Path | Traversable) -> dict[str, Any]:
+    """The mapping in a YAML file of at most a MiB; `SpinfoldError` for a file that holds none."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise ValueError("It is larger than a MiB.")
+        text = data.decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise SpinfoldError(f"{path} can't be read.", str(error), "Give a UTF-8 YAML file.") from None
+    if not isinstance(found := parse_yaml(text, str(path)), dict):
+        raise SpinfoldError(f"{path} is not a mapping.", "It holds no `key: value` lines.", "Mend the file.")
+    return found
 
 
 def _ratio(clip: float | str) -> float:
@@ -303,13 +416,29 @@ def _readable(error: ValidationError, origin: str) -> SpinfoldError:
         field = ".".join(str(part) for part in problem["loc"]) or "recipe"
         if problem["type"] == "extra_forbidden":
             *parents, leaf = problem["loc"]
-            model: type[BaseModel] = Recipe
-            for parent in parents:
-                annotation = model.model_fields[str(parent)].annotation
-                assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-                model = annotation
-            near = difflib.get_close_matches(str(leaf), list(model.model_fields), n=1)
-            lines.append(f"{field}: no such field" + (f"; did you mean {near[0]!r}?" if near else "."))
+            near = difflib.get_close_matches(str(leaf), _fields_at(parents), n=1)
+            lines.append(f"{field[:200]}: no such field" + (f"; did you mean {near[0]!r}?" if near else "."))
         else:
-            lines.append(f"{field}: {problem['msg']} (given {problem['input']!r:.60}).")
-    return SpinfoldError(f"The {origin} can't be used.", " ".join(lines), "Correct the fields named and run again.")
+            lines.append(f"{field[:200]}: {problem['msg'][:200]} (given {_shown(problem['input'])}).")
+    more = [f"And {len(lines) - 20} more."] if len(lines) > 20 else []
+    why = " ".join(lines[:20] + more)
+    return SpinfoldError(f"The {origin} can't be used.", why, "Correct the fields named and run again.")
+
+
+def _fields_at(place: Sequence[int | str]) -> list[str]:
+    """The names of the fields at a place in a recipe."""
+    model: type[BaseModel] = Recipe
+    for name in place:
+        if isinstance(name, str):  # not the number of an element
+            annotation = model.model_fields[name].annotation
+            inner = (annotation, *get_args(annotation))
+            model = next(one for one in inner if isinstance(one, type) and issubclass(one, BaseModel))
+    return list(model.model_fields)
+
+
+def _shown(value: object) -> str:
+    """The beginning of what was given; Python does not write numbers of thousands of digits."""
+    try:
+        return f"{value!r:.60}"
+    except ValueError:
+        return "a number of thousands of digits"

@@ -38,7 +38,7 @@ from spinfold.pipeline import sites_of
 from spinfold.progress import Quiet
 from spinfold.recipe import Recipe
 from spinfold.report import figures
-from spinfold.rounding import round_network
+from spinfold.rounding import ROUNDINGS, round_network
 
 HOSTILE = "</script><img src=x onerror=alert(1)> | & 'x'"
 GRID: dict[str, Any] = {
@@ -222,10 +222,12 @@ def test_a_rotated_network_depends_on_what_is_declared(method: str, bits: str, m
     assert not {path for path in seen if not {path, path.partition(".")[0]} & set(declared)}
 
 
-@pytest.mark.parametrize("rounding", ["rtn", "gptq"])
-def test_rounding_reads_what_is_declared(rounding: str) -> None:
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("budget", [None, 4.5])
+def test_rounding_reads_what_is_declared(rounding: str, budget: float | None) -> None:
     seen: set[str] = set()
-    watched: Any = Watched(Recipe().with_(rounding__method=rounding), seen, ROUNDING_READS)
+    recipe = Recipe().with_(rounding__method=rounding, rounding__steps=1, weights__clip_search=False, budget=budget)
+    watched: Any = Watched(recipe, seen, ROUNDING_READS)
     assert list(round_network(tiny_network(), watched, zoo.random_tokens(0)))
     assert seen <= {"method"}
 

@@ -352,6 +352,13 @@ def test_the_words_of_the_other_process_come_through(
     assert isinstance(foreign, CheckFailed) and "no kernel" in foreign.why
 
 
+def test_a_process_that_was_killed_names_the_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess([], -signal.SIGILL, "", "loading\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(CheckFailed, match=r"loading It was ended by SIGILL\."):
+        checks.logits_in("gguf", tmp_path, IDS_NT)
+
+
 # ---- runs that can't be read ---------------------------------------------------------------------------------------
 
 
@@ -405,16 +412,23 @@ def test_a_broken_run_is_refused(harm: Callable[[Path], None], broken: Path, tmp
 # ---- what a target can't have ---------------------------------------------------------------------------------------
 
 
-def facts(family: str = "llama", online: tuple[str, ...] = (), down_bias: bool = False, **changes: Any) -> Facts:
+def facts(
+    family: str = "llama",
+    online: tuple[str, ...] = (),
+    down_bias: bool = False,
+    rows: tuple[int, ...] = (64, 128),
+    **changes: Any,
+) -> Facts:
     settings = {"bits": "W4A16"} | changes
-    return Facts(family, recipe(Path("text"), **settings), online, widths=(64, 128), down_bias=down_bias)
+    made = recipe(Path("text"), **settings)
+    return Facts(family, made, online, widths=(64, 128), rows=rows, down_bias=down_bias)
 
 
 @pytest.mark.parametrize(
     ("target", "run", "why", "fix"),
     [
         ("compressed-tensors", facts(bits="W3A16"), "4 or 8 bits, not 3", "--bits W4A16KV16"),
-        ("compressed-tensors", facts(bits="W16A16"), "4 or 8 bits, not 16", "--bits W4A16KV16"),
+        ("compressed-tensors", facts(bits="W16A16"), "4 or 8 bits, not 16", "--bits W8A16KV16"),
         ("compressed-tensors", facts(bits="W4A16KV4"), "KV cache of 16 bits, not 4", "--bits W4A16KV16"),
         ("compressed-tensors", facts(bits="W8A8", weights__symmetric=False), "grids are symmetric", "symmetric: true"),
         ("compressed-tensors", facts(bits="W8A8", group_size=32), "groups of a row", "no --group-size"),
@@ -422,8 +436,14 @@ def facts(family: str = "llama", online: tuple[str, ...] = (), down_bias: bool =
         ("compressed-tensors", facts(online=("skip",)), "online op at skip", "one residual basis"),
         ("compressed-tensors", facts(online=("down",), down_bias=True), "", "--sites residual,value"),
         ("compressed-tensors", facts(bits="W8A8", activations__clip=0.9), "whole range", "clip: 1.0"),
-        ("gguf", facts(bits="W4A16"), "groups of 32", "--group-size 32"),
-        ("gguf", facts(bits="W4A8", group_size=32), "activations of 16 bits, not 8", "--bits W4A16KV16"),
+        ("gguf", facts(group_size=16), "groups of a multiple of 32", "--group-size 32"),
+        ("gguf", facts(rows=(64, 80)), "weights of 16 bits, not 4", "transformers"),
+        ("gguf", facts(bits="W8A16", weights__symmetric=False), "grids are symmetric", "symmetric: true"),
+        ("gguf", facts(bits="W4A8"), "activations of 16 bits, not 8", "--bits W4A16KV16"),
+        ("gguf", facts(bits="W3A16KV3"), "a KV cache of 16 bits, not 3", "--bits W3A16KV16"),
+        ("gguf", facts(online=("down",)), "no place for the online op at down", "--sites residual,value"),
+        ("gguf", facts(online=("query_key", "down")), "at query_key, down", "--sites residual,value"),
+        ("gguf", facts(online=("skip",)), "online op at skip", "one residual basis"),
         ("gguf", facts("gemma2", group_size=32), "not gemma2", "transformers"),
         ("mlx", facts(), "", "compressed-tensors, gguf, transformers"),
     ],
@@ -433,6 +453,14 @@ def test_what_does_not_run_there_is_refused(target: str, run: Facts, why: str, f
     with pytest.raises(SpinfoldError) as error:
         choose(target, run)
     assert why in error.value.why and fix in error.value.fix
+
+
+@pytest.mark.parametrize("group_size", [None, 32, 64])
+@pytest.mark.parametrize(("bits", "symmetric"), [(b, True) for b in range(2, 9)] + [(b, False) for b in range(2, 5)])
+def test_llama_cpp_has_a_type_for_every_grid_up_to_8_bits(bits: int, symmetric: bool, group_size: int | None) -> None:
+    changes = {"weights__symmetric": symmetric, "group_size": group_size}
+    (row,) = choose("gguf", facts(bits=f"W{bits}A16", **changes))
+    assert row.format == ("Q8_0" if bits > 4 else "Q4_0" if symmetric else "Q4_1")
 
 
 @pytest.mark.parametrize("bits", ["W2A2KV2", "W4A4KV4", "W8A16", "W16A4"])

@@ -19,7 +19,7 @@ from spinfold.errors import SpinfoldError
 from spinfold.recipe import Bits, Recipe
 
 BITS = ("W4A16", "W4A4KV4", "W16A4KV4")
-FILES = {"recipe.yaml", "run.json", "maps.json", "maps.safetensors", "clips.json", "report.html", "model"}
+FILES = {"recipe.yaml", "run.json", "maps.json", "maps.safetensors", "clips.json", "report.html", "log.txt", "model"}
 FILES |= {"outliers-before.npz", "outliers-after.npz"}
 EVALUATION_TOKENS = 1 << 13
 

@@ -31,8 +31,7 @@ from spinfold.export.packed import PackedWeight, packed_tensors
 from spinfold.export.quantizer import SpinfoldConfig
 from spinfold.export.transformers import write
 from spinfold.folding import fold, fold_norms
-from spinfold.formats import IntFormat, fake_quantize, fit_grid
-from spinfold.formats.integer import QuantizedWeight
+from spinfold.formats import IntFormat, QuantizedWeight, fake_quantize, fit_grid
 from spinfold.maps import Hadamard, SiteMaps
 from spinfold.networks import Network
 from spinfold.recipe import Recipe

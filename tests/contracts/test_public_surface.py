@@ -20,7 +20,9 @@ from spinfold.cli import app
 GLOBAL_OPTIONS = {"--debug", "--version"}
 VERBS = {
     "quantize": "model --output -o --method --sites --bits --format --group-size --rounding --calibration --samples "
-    "--seq-len --steps --seed --device --recipe --resume",
+    "--seq-len --steps --seed --device --recipe --resume --plan --quiet --json",
+    "inspect": "model --output -o --bits --format --group-size --calibration --tokens --seed --device --recipe --quiet "
+    "--json",
     "rotate": "model --output -o --method --sites --calibration --seed --dtype",
     "verify": "original other --text --json",
     "evaluate": "model --text --seq-len --max-tokens --tasks --task-data --limit --json",
@@ -34,7 +36,9 @@ NAMES = {
     "CheckFailed",
     "Comparison",
     "Exported",
+    "Forecast",
     "Grid",
+    "Inspection",
     "MethodInfo",
     "Proof",
     "Recipe",
@@ -44,7 +48,9 @@ NAMES = {
     "compare",
     "evaluate",
     "export",
+    "inspect",
     "methods",
+    "predict",
     "quantize",
     "report",
     "rotate",
@@ -53,7 +59,9 @@ NAMES = {
 }
 SIGNATURES = {
     "quantize": "model output recipe device resume evaluate_on baselines progress",
+    "predict": "model output recipe device evaluate_on",
     "rotate": "model output method sites seed dtype recipe device progress",
+    "inspect": "model output recipe tokens device progress",
     "verify": "original other text tolerance device tokens",
     "evaluate": "model text seq_len max_tokens reference tasks task_data limit device compute progress",
     "export": "run target output check device text progress",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from spinfold.errors import SpinfoldError
 from spinfold.methods import METHODS
-from spinfold.recipe import Bits, Recipe, presets
+from spinfold.recipe import Bits, Recipe, RoundingMethod, presets
 
 BITS = st.sampled_from([2, 3, 4, 5, 6, 7, 8, 16])
 RECIPES = st.builds(
@@ -20,7 +21,19 @@ RECIPES = st.builds(
     method=st.sampled_from(sorted(METHODS)),
     sites=st.lists(st.sampled_from(["residual", "value", "query_key", "down"])).map(tuple),
     group_size=st.none() | st.integers(1, 4096),
-    rounding__method=st.sampled_from(["rtn", "gptq"]),
+    rounding__method=st.sampled_from(get_args(RoundingMethod)),
+    overrides=st.lists(
+        st.fixed_dictionaries(
+            {"match": st.sampled_from(["layers.*", "layers.0.[qk]"])},
+            optional={
+                "bits": st.integers(2, 8),
+                "group_size": st.just("row") | st.integers(1, 64),
+                "symmetric": st.booleans(),
+            },
+        ),
+        max_size=3,
+    ),
+    budget=st.none() | st.floats(2.1, 15),
     rounding__damp=st.floats(1e-6, 1),
     activations__clip=st.floats(0.1, 1),
     calibration__source=st.text(st.characters(categories=["L", "N", "P", "Zs"]), min_size=1),
@@ -85,6 +98,8 @@ REFUSED = {
     "clip": ({"activations": {"clip": 1.5}}, "activations.clip"),
     "seed": ({"seed": -1}, "seed"),
     "not a number": ({"rounding": {"damp": "much"}}, "rounding.damp"),
+    "override": ({"overrides": [{"match": "layers.*", "bitz": 3}]}, "bitz"),
+    "absorbs nothing": ({"rounding": {"method": "autoround", "absorb": 0.1}}, "autoround"),
     "not a section": ({"fit": 3}, "fit"),
 }
 

@@ -191,7 +191,7 @@ def test_the_first_screen_says_what_to_what_and_how_well(page: Page) -> None:
         "0.5 is not ≤ 0.01",
         "evaluate('run', text=",
         "spinfold evaluate run --text",
-        "method: spinquant",
+        "method: spinfold",
         "spinfold quantize tiny -o run",
     ):
         assert text in page.text, text

@@ -24,10 +24,10 @@ def tiny_model(path: Path, family: str = "llama_tied") -> Path:
 
 
 def recipe(text: Path, **changes: Any) -> Recipe:
-    """Small windows, few of them, two steps."""
+    """Small windows, few of them, two steps; of SpinQuant, whose fit has no other part that takes longer."""
     small = {"source": str(text), "samples": 4, "seq_len": 32}
     fit = {"steps": 2, "batch": 2}
-    return Recipe.parse({"calibration": small, "fit": fit}).with_(**changes)
+    return Recipe.parse({"method": "spinquant", "calibration": small, "fit": fit}).with_(**changes)
 
 
 def quantize(model: Path, output: Path, text: Path, **options: Any) -> spinfold.Run:
@@ -66,5 +66,6 @@ def tree(path: Path) -> set[str]:
 
 def contents(output: Path) -> dict[str, bytes]:
     """The bytes of everything in a run that must not depend on when or how often it was stopped."""
-    files = [path for path in output.rglob("*") if path.is_file() and path.name not in ("run.json", "report.html")]
+    timed = ("run.json", "report.html", "log.txt")
+    files = [path for path in output.rglob("*") if path.is_file() and path.name not in timed]
     return {str(path.relative_to(output)): path.read_bytes() for path in files if path.suffix != ".npz"}

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from spinfold.errors import SpinfoldError
-from spinfold.export.gguf_blocks import block_kind, fits_blocks, pack, round_to_q8_0
+from spinfold.export.gguf_blocks import block_kind, fits_blocks, pack, round_to_q8_0, unpack
 from spinfold.export.gguf_config import rope
 from spinfold.export.gguf_writer import permute
 from spinfold.formats import IntFormat, QuantizedWeight
@@ -53,7 +53,10 @@ def test_blocks_are_our_integers_bit_for_bit(fmt: IntFormat) -> None:
     expected_OI = d_OI * weight.q_OI
     if weight.zero_OG is not None:
         expected_OI += (-d_OI * weight.zero_OG.repeat_interleave(group, dim=1)).half().float()
-    assert torch.equal(read(pack(weight, kind), kind), expected_OI)
+    blocks_OP = pack(weight, kind)
+    assert torch.equal(read(blocks_OP, kind), expected_OI)
+    q_OI = unpack(torch.from_numpy(blocks_OP), kind)
+    assert q_OI.dtype == weight.q_OI.dtype and torch.equal(q_OI, weight.q_OI)
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)

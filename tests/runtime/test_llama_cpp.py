@@ -19,11 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
+import spinfold
 from spinfold.checkpoint import load_run
 from spinfold.errors import SpinfoldError
 from spinfold.export import gguf_writer, llama_cpp
 from spinfold.fitting.text import load_text
 from spinfold.networks.sources import resolve
+from spinfold.recipe import Recipe
 
 pytestmark = pytest.mark.skipif(not llama_cpp.installed(), reason="llama-cpp-python is not installed")
 
@@ -36,6 +38,13 @@ TYPES: dict[str, dict[str, Any]] = {
     "Q4_1": {"bits": "W4A16", "group_size": 32, "weights__symmetric": False},
     "Q8_0": {"bits": "W8A16", "group_size": 32},
     "F16": {"bits": "W16A16"},
+}
+NARROW: dict[str, tuple[str, dict[str, Any]]] = {
+    "2 bits in Q4_1": ("Q4_1", {"bits": "W2A16", "group_size": 32, "weights__symmetric": False}),
+    "3 bits in Q4_0, whole rows": ("Q4_0", {"bits": "W3A16", "group_size": None}),
+    "4 bits in Q4_0, groups of 64": ("Q4_0", {"bits": "W4A16", "group_size": 64}),
+    "5 bits in Q8_0, whole rows": ("Q8_0", {"bits": "W5A16", "group_size": None}),
+    "6 bits in Q8_0, groups of 64": ("Q8_0", {"bits": "W6A16", "group_size": 64}),
 }
 NOISE = {"Q4_0": 3e-3, "Q4_1": 3e-3, "Q8_0": 3e-3, "F16": 1e-4}
 """KL per token that llama.cpp's own rounding of activations may cost; a fault in the file costs far more."""
@@ -62,6 +71,27 @@ def divergence(tmp_path: Path, file: Path, length: int = LENGTH) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_file_is_the_run(tmp_path: Path, family: str, kind: str) -> None:
     assert divergence(tmp_path, written(tmp_path, zoo.FAMILIES[family](), **TYPES[kind])) < NOISE[kind]
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_other_grids_fit_into_the_blocks(tmp_path: Path, name: str) -> None:
+    """Fewer bits than the block has, and groups of more than one block."""
+    kind, recipe = NARROW[name]
+    file = written(tmp_path, zoo._build("granite", {"hidden_size": 128, "intermediate_size": 192}), **recipe)
+    assert file.stem.endswith(kind) and divergence(tmp_path, file) < NOISE[kind]
+
+
+def test_the_verb_proves_what_it_writes(tmp_path: Path) -> None:
+    """GPTQ's integers bit for bit; compared on windows no longer than the sliding one, after which they'd differ."""
+    model = tiny_tokenizers.byte_level(zoo.save(zoo.FAMILIES["mistral"](), tmp_path / "model"))
+    (text := tmp_path / "text.txt").write_text(TEXT * 20)
+    settings = {"calibration__source": str(text), "calibration__samples": 4, "calibration__seq_len": 32}
+    settings |= {"method": "quarot", "sites": ["residual", "value"], "weights__scale_dtype": "float16"}
+    run = spinfold.quantize(str(model), tmp_path / "run", Recipe().with_(**TYPES["Q4_0"], **settings), device="cpu")
+    proofs = spinfold.export(run.path, "gguf", tmp_path / "out", text=str(text), device="cpu").data["proofs"]
+    assert len(proofs) == 4 and all(proof["ok"] for proof in proofs)
+    assert proofs[0]["statement"] == "gguf: integers that differ from the run's" and proofs[0]["measured"] == 0
+    assert "30 tokens" in proofs[1]["detail"]
 
 
 def test_rows_in_transformers_order_are_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

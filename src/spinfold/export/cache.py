@@ -23,7 +23,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from spinfold.export.packing import pack, unpack
 from spinfold.formats import IntFormat
-from spinfold.formats.integer import compute_dtype, extent, from_integers, nearest_integers, scale_and_zero
+from spinfold.formats.base import compute_dtype, extent
+from spinfold.formats.integer import from_integers, nearest_integers, scale_and_zero
 from spinfold.runtime import Quantize
 
 __all__ = ["CacheOps", "QuantizedCache", "QuantizedLayer", "decode_rows", "encode_rows", "quantize_cache"]
@@ -59,7 +60,7 @@ class CacheOps(nn.Module):
     def __init__(self, ops: nn.ModuleList) -> None:
         super().__init__()
         self.ops = ops
-        self.format = cast(Quantize, ops[-1]).format
+        self.format = cast(IntFormat, cast(Quantize, ops[-1]).format)
 
     def forward(self, x_BHTN: Tensor) -> Tensor:
         if getattr(x_BHTN, "is_from_quantized_cache", False):

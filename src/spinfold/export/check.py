@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from torch.nn import functional as F
 
 from spinfold.checkpoint import load_run
 from spinfold.compute import precision
-from spinfold.errors import CheckFailed, SpinfoldError
+from spinfold.errors import CheckFailed, SpinfoldError, reading
 from spinfold.evaluation import Proof
 from spinfold.export.compressed_tensors import has_packed_zeros
 from spinfold.export.contents import Contents
@@ -65,7 +66,9 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 def verify_files(folder: Path) -> None:
     """Refuse a checkpoint whose files are not those that its proof was made for."""
-    promised, found = read_json(folder / PROOF).get("files", {}), hash_files(folder)
+    found = hash_files(folder)
+    with reading(folder / PROOF, "Export the run again."):
+        promised = dict(read_json(folder / PROOF)["files"])
     if odd := sorted(name for name in promised.keys() | found.keys() if promised.get(name) != found.get(name)):
         states = {name: "is missing" if name not in found else "has been changed" for name in odd}
         states |= {name: "was added" for name in odd if name not in promised}
@@ -145,7 +148,10 @@ def logits_in(runtime: str, folder: Path, ids_NT: Tensor, device: str = "cpu") -
 
 def _reported(runtime: str, done: subprocess.CompletedProcess[str]) -> SpinfoldError:
     """The error of a process that failed: its own words if it had some, else the end of what it printed."""
-    lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"It ended with code {done.returncode}."]
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    if done.returncode < 0:
+        lines.append(f"It was ended by {signal.Signals(-done.returncode).name}.")
+    lines = lines or [f"It ended with code {done.returncode}."]
     if lines[-1].startswith(_ERROR):
         kind = CheckFailed if done.returncode == CheckFailed.exit_code else SpinfoldError
         return kind(*json.loads(lines[-1].removeprefix(_ERROR)))

@@ -29,7 +29,7 @@ from spinfold.errors import SpinfoldError
 from spinfold.export.contents import Contents
 from spinfold.export.packing import as_unsigned, pack_words, unpack
 from spinfold.export.shards import save_shards
-from spinfold.formats import QuantizedWeight
+from spinfold.formats import IntFormat, QuantizedWeight
 from spinfold.maps.held import repeated_block, stored_matrix
 from spinfold.run import read_json, write_json
 
@@ -123,7 +123,7 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _quantization_config(contents: Contents, transforms: dict[str, Any]) -> dict[str, Any]:
     recipe = contents.recipe
     grid, activations = recipe.weight_format, recipe.activation_format
-    assert grid is not None
+    assert isinstance(grid, IntFormat) and (activations is None or isinstance(activations, IntFormat))
     format = "pack-quantized" if activations is None else "int-quantized"
     weights = {
         "num_bits": grid.bits,

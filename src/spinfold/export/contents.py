@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from spinfold.checkpoint import load_maps, run_config
-from spinfold.errors import SpinfoldError
-from spinfold.formats import QuantizedWeight
+from spinfold.errors import SpinfoldError, reading
+from spinfold.formats import IntFormat, QuantizedWeight
 from spinfold.maps import SiteMaps
 from spinfold.networks import Family, Linear, Network
 from spinfold.networks.sources import transformers_errors
@@ -54,11 +54,16 @@ class Contents:
         path = Path(path)
         config = run_config(path)
         data = read_json(path / "run.json")
-        recipe = Recipe.parse(data.get("recipe"), f"recipe in {path / 'run.json'}")
+        with reading(path / "run.json"):
+            recipe = Recipe.parse(data.get("recipe"), f"recipe in {path / 'run.json'}")
+            name = data.get("model", {}).get("name", path.name)
+        if recipe.format != "int":
+            why = f"Its numbers are {recipe.format}, and every target has integers so far."
+            raise SpinfoldError(f"The run {path} can't be exported.", why, "Make the run with --format int.")
         with transformers_errors(f"The model of the run {path} can't be built.", "Make the run again."):
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            network = Network(model, name=data.get("model", {}).get("name", path.name))
+            network = Network(model, name=name)
             network.untie()
         file = path / "model" / "model.safetensors"
         try:
@@ -112,13 +117,17 @@ class Contents:
         if self.recipe.weight_format is None:
             return self._tensor(linear.parameter).flatten(0, -2)[linear.rows]
         return QuantizedWeight.from_tensors(
-            {key: self._tensor(name) for key, name in self._stored(linear).items()}, self.recipe.weight_format
+            {key: self._tensor(name) for key, name in self._stored(linear).items()}, self._format(linear)
         )
+
+    def _format(self, linear: Linear) -> IntFormat:
+        format = self.recipe.weight_format_of(f"layers.{linear.layer}.{linear.key}")
+        assert isinstance(format, IntFormat), "others are not opened"
+        return format
 
     def _stored(self, linear: Linear) -> dict[str, str]:
         """The names of a rounded linear's tensors."""
-        assert self.recipe.weight_format is not None
-        keys = ("q", "scale") if self.recipe.weight_format.symmetric else ("q", "scale", "zero")
+        keys = ("q", "scale") if self._format(linear).symmetric else ("q", "scale", "zero")
         return {key: f"layers.{linear.layer}.{linear.key}.{key}" for key in keys}
 
     def _tensor(self, name: str) -> Tensor:
@@ -131,9 +140,8 @@ class Contents:
         grid = self.recipe.weight_format
         expected = {name: tuple(state[name].shape) for name in (state if grid is None else self._other_names())}
         for linear in self.network.linears if grid else ():
-            assert grid is not None
             out_features, in_features = linear.weight_OI.shape
-            groups = in_features // grid.group_of(in_features)
+            groups = in_features // self._format(linear).group_of(in_features)
             shapes = {"q": (out_features, in_features), "scale": (out_features, groups), "zero": (out_features, groups)}
             expected |= {name: shapes[key] for key, name in self._stored(linear).items()}
         found = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118

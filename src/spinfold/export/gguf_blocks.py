@@ -23,7 +23,7 @@ from torch import Tensor
 from spinfold.errors import SpinfoldError, Verdict
 from spinfold.formats import IntFormat, QuantizedWeight, fit_grid
 
-__all__ = ["BLOCK", "block_kind", "fits_blocks", "pack", "round_to_q8_0"]
+__all__ = ["BLOCK", "block_kind", "fits_blocks", "pack", "round_to_q8_0", "unpack"]
 
 BLOCK = 32
 
@@ -71,7 +71,7 @@ def pack(weight: QuantizedWeight | Tensor, kind: GGMLQuantizationType) -> np.nda
     if isinstance(weight, Tensor):
         values = weight.float() if kind == Kind.F32 else _half(weight)
         return values.contiguous().numpy()
-    assert kind == block_kind(weight.format)
+    assert isinstance(weight.format, IntFormat) and kind == block_kind(weight.format)
     q_ON = weight.q_OI.to(torch.int16).unflatten(-1, (-1, BLOCK))  # (O, N, 32)
     repeats = q_ON.shape[1] // weight.scale_OG.shape[1]
     d_ON1 = _half(weight.scale_OG).repeat_interleave(repeats, dim=1).unsqueeze(-1)
@@ -85,6 +85,16 @@ def pack(weight: QuantizedWeight | Tensor, kind: GGMLQuantizationType) -> np.nda
     blocks = torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
     assert blocks.shape[-1] == GGML_QUANT_SIZES[kind][1]
     return blocks.flatten(1).numpy()
+
+
+def unpack(blocks_OP: Tensor, kind: GGMLQuantizationType) -> Tensor:
+    """The integers `(O, I)` that `pack` wrote, as the run's grid has them: int8 if it is symmetric, else uint8."""
+    header = GGML_QUANT_SIZES[kind][1] - (BLOCK if kind == Kind.Q8_0 else BLOCK // 2)
+    data_ON = blocks_OP.unflatten(1, (-1, GGML_QUANT_SIZES[kind][1]))[..., header:]
+    if kind == Kind.Q8_0:
+        return data_ON.contiguous().view(torch.int8).flatten(1)
+    u_OI = torch.cat([data_ON & 15, data_ON >> 4], dim=-1).flatten(1)
+    return u_OI if kind == Kind.Q4_1 else u_OI.view(torch.int8) - 8
 
 
 def round_to_q8_0(w_OI: Tensor) -> QuantizedWeight:

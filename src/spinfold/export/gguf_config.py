@@ -19,7 +19,7 @@ from spinfold.errors import SpinfoldError
 from spinfold.export.gguf_tokenizer import Metadata
 from spinfold.networks.gguf_reader import ARCHITECTURES, Architecture
 
-__all__ = ["architecture_of", "config_metadata", "rope"]
+__all__ = ["architecture_of", "config_metadata", "context_length", "rope"]
 
 _NAME_OF = {architecture.model_type: name for name, architecture in ARCHITECTURES.items()} | {"mistral": "llama"}
 _ROPE_FREQS, _ROPE_FACTORS = ("llama", "granite"), ("llama", "granite", "phi3")
@@ -40,7 +40,7 @@ def architecture_of(config: PreTrainedConfig) -> tuple[str, Architecture]:
 
 
 def config_metadata(config: PreTrainedConfig, arch: str, architecture: Architecture) -> Metadata:
-    """The sizes of the network. Its context ends where llama.cpp, which knows no sliding window here, would differ."""
+    """The sizes of the network."""
     num_heads = config.num_attention_heads
     head_dim = _head_dim(config)
     if not architecture.explicit_head_dim and head_dim * num_heads != config.hidden_size:
@@ -49,10 +49,9 @@ def config_metadata(config: PreTrainedConfig, arch: str, architecture: Architect
             f"{arch} models.",
             "Use another target.",
         )
-    context, window = config.max_position_embeddings, _sliding_window(config)
     values: Metadata = {
         "vocab_size": config.vocab_size,
-        "context_length": min(context, window or context),
+        "context_length": context_length(config),
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
         "feed_forward_length": config.intermediate_size,
@@ -65,6 +64,12 @@ def config_metadata(config: PreTrainedConfig, arch: str, architecture: Architect
     values |= {key: float(getattr(config, attribute)) for key, attribute in architecture.required.items()}
     values |= {k: int(v) for k, a in architecture.optional.items() if (v := getattr(config, a, None)) is not None}
     return {f"{arch}.{key}": value for key, value in values.items()}
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """The longest context. llama.cpp knows no sliding window here: where one ends, it would compute something else."""
+    window = _sliding_window(config)
+    return min(config.max_position_embeddings, window or config.max_position_embeddings)
 
 
 def rope(config: PreTrainedConfig, arch: str) -> tuple[dict[str, Tensor], Metadata]:

@@ -20,19 +20,21 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor
 
 from spinfold import __version__
 from spinfold.errors import SpinfoldError
 from spinfold.export.contents import Contents
-from spinfold.export.gguf_blocks import BLOCK, block_kind, fits_blocks, pack
+from spinfold.export.gguf_blocks import BLOCK, block_kind, fits_blocks, pack, unpack
 from spinfold.export.gguf_config import architecture_of, config_metadata, rope
 from spinfold.export.gguf_tokenizer import Metadata, tokenizer_metadata
-from spinfold.formats import QuantizedWeight
-from spinfold.networks.gguf_reader import OUTER, Architecture
+from spinfold.formats import IntFormat, QuantizedWeight
+from spinfold.networks.gguf_header import scan
+from spinfold.networks.gguf_reader import ARCHITECTURES, OUTER, Architecture, unpermute
 
-__all__ = ["gguf_name", "permute", "write"]
+__all__ = ["gguf_name", "permute", "read_integers", "write"]
 
 Kind = GGMLQuantizationType
 
@@ -79,9 +81,27 @@ def write(contents: Contents, folder: Path, *, embeddings: Literal["F16", "Q8_0"
     _write_file(path, arch, metadata, rows, chain((pack(x, Kind.F32) for x in factors.values()), blocks))
 
 
+def read_integers(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The integers `(O, I)` of every linear module of a written file by its Hugging Face name, as the run has them."""
+    (path,) = folder.glob("*.gguf")
+    file, data = scan(path), np.memmap(path, mode="r", dtype=np.uint8)
+    architecture = ARCHITECTURES[file.architecture]
+    heads = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
+    for name, tensor in file.tensors.items():
+        if not name.startswith("blk.") or tensor.kind not in (Kind.Q4_0, Kind.Q4_1, Kind.Q8_0):
+            continue
+        _, layer, module, _ = name.split(".")
+        raw_P = torch.from_numpy(data[tensor.offset : tensor.offset + tensor.num_bytes].copy())
+        q_OI = unpack(raw_P.view(tensor.shape[0], -1), tensor.kind)
+        if architecture.interleaved_rope and module in heads:
+            q_OI = unpermute(q_OI, int(file.metadata[f"{file.architecture}.{heads[module]}"]))
+        yield f"model.layers.{layer}.{architecture.names[module]}", q_OI
+
+
 def _linear_kind(contents: Contents) -> GGMLQuantizationType:
     """The type of every linear of a run; `SpinfoldError` if one does not fit."""
     fmt = contents.recipe.weight_format
+    assert fmt is None or isinstance(fmt, IntFormat)
     for linear in contents.network.linears:
         fits_blocks(fmt, linear.weight_OI.shape[1]).require(f"{linear.name} can't be written as GGUF.")
     return block_kind(fmt)

@@ -32,9 +32,9 @@ def installed() -> bool:
     return True
 
 
-def logits(path: Path, ids_NT: Tensor) -> Tensor:
+def logits(path: Path, ids_NT: Tensor, threads: int | None = None) -> Tensor:
     """The logits `(N, T, V)`, fp32, of each window by itself. Raises `SpinfoldError` if the file does not load."""
-    model = _load(path, ids_NT.shape[1], logits_all=True)
+    model = _load(path, ids_NT.shape[1], logits_all=True, **_threads(threads))
     windows = []
     for ids_T in ids_NT.tolist():
         model.reset()
@@ -50,12 +50,17 @@ def tokens_of(path: Path, text: str, special: bool = False) -> list[int]:
 
 def tokens_per_second(path: Path, prompt: list[int], count: int, threads: int | None = None) -> float:
     """The speed of greedy generation of `count` tokens after a prompt, the prompt's own time left out."""
-    model = _load(path, len(prompt) + count, n_threads=threads)
+    model = _load(path, len(prompt) + count, **_threads(threads))
     model.eval(prompt)
     start = time.perf_counter()
     for _ in range(count):
         model.eval([model.sample(temp=0.0)])
     return count / (time.perf_counter() - start)
+
+
+def _threads(count: int | None) -> dict[str, int | None]:
+    """For one token at a time, and for many."""
+    return {"n_threads": count, "n_threads_batch": count}
 
 
 def _load(path: Path, num_tokens: int, **options: Any) -> Any:

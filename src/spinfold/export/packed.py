@@ -78,7 +78,7 @@ class PackedWeight(nn.Module):
     def _unpack(self, packed_OP: Tensor, scale_OG: Tensor, zero_OZ: Tensor | None) -> QuantizedWeight:
         bits, low = self.format.bits, self.format.low
         # In arithmetic modulo 256, adding the grid's end and reading the byte as signed is the subtraction of 2^(b-1).
-        q_OI = unpack(packed_OP, bits, self.shape[-1]).add(low & 0xFF).view(self.format.dtype)
+        q_OI = unpack(packed_OP, bits, self.shape[-1]).add_(low & 0xFF).view(self.format.dtype)
         zero_OG = None if zero_OZ is None else unpack(zero_OZ, bits, scale_OG.shape[-1])
         return QuantizedWeight(q_OI, scale_OG, zero_OG, self.format)
 

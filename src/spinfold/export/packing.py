@@ -5,7 +5,7 @@
     b = 3, values 0 1 2 …    bits 0-2, 3-5, 6-8 …      7 values end in the middle of byte 2: nothing is wasted
 
 Values are unsigned, 0 … 2^b - 1; a signed grid adds 2^(b-1) first. Eight values of b bits are b whole bytes, so both
-directions work on such words at once, or on single bytes where b divides 8.
+directions work on such words, or on single bytes where b divides 8.
 
 Shapes: O rows, I values of a row, P packed bytes of a row, W words, V values and Y bytes of a word.
 """
@@ -32,12 +32,21 @@ def pack(u_OI: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed_OP: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` integers of each packed row: `(O, count)`, uint8, the inverse of `pack`."""
-    values, bytes_, dtype = _word(bits)
-    packed_OWY = F.pad(packed_OP, (0, -packed_OP.shape[1] % bytes_)).unflatten(1, (-1, bytes_)).to(dtype)
-    word_OW1 = (packed_OWY << _steps(bytes_, 8, packed_OWY)).sum(-1, keepdim=True, dtype=dtype)
-    u_OWV = (word_OW1 >> _steps(values, bits, word_OW1)) & ((1 << bits) - 1)
-    return u_OWV.to(torch.uint8).flatten(1)[:, :count]
+    """The first `count` integers of each packed row: `(O, count)`, uint8, the inverse of `pack`.
+
+    Value i of every word at once, from the byte where it starts and, if it crosses its end, the next: bytes need no
+    wider arithmetic, which would cost several times the time.
+    """
+    values, bytes_, _ = _word(bits)
+    packed_OWY = F.pad(packed_OP, (0, -packed_OP.shape[1] % bytes_)).unflatten(1, (-1, bytes_))
+    u_OWV = packed_OWY.new_empty(*packed_OWY.shape[:2], values)
+    for i in range(values):
+        byte, start = divmod(i * bits, 8)
+        u_OW = packed_OWY[..., byte] >> start
+        if start + bits > 8:
+            u_OW |= packed_OWY[..., byte + 1] << 8 - start
+        u_OWV[..., i] = u_OW & (1 << bits) - 1
+    return u_OWV.flatten(1)[:, :count]
 
 
 def pack_words(u_OI: Tensor, bits: int) -> Tensor:

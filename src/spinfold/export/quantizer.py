@@ -25,6 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spinfold.errors import SpinfoldError
+from spinfold.formats import IntFormat
 from spinfold.recipe import SCHEMA_VERSION, Recipe
 
 __all__ = ["FORMAT_VERSION", "SpinfoldConfig", "SpinfoldQuantizer", "digest"]
@@ -109,9 +110,10 @@ class SpinfoldQuantizer(HfQuantizer):  # type: ignore[misc]
         with torch.device("cpu"):  # models are built on another one, where tensors have no values
             found = self._verify(files, PREFIX)
         recipe = Recipe.parse(self.quantization_config.recipe)
+        format = recipe.weight_format
         for name, _ in list(model.named_parameters()):
-            if f"{name}.packed" in found and recipe.weight_format is not None:
-                pack_parameter(model, name, recipe.weight_format, recipe.scale_dtype)
+            if f"{name}.packed" in found and isinstance(format, IntFormat):
+                pack_parameter(model, name, format, recipe.scale_dtype)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if odd := sorted(set(expected.items()) ^ set(found.items())):
             name = odd[0][0]

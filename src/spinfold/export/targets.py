@@ -27,8 +27,9 @@ class Row:
     """One thing that a target can run. `None` stands for "any"; a group of None is the whole row.
 
     `online` are the ops that it applies at inference: maps at the sites query_key and down, changes of basis on the
-    skip connections. `multiple` divides every width of every linear. `online_bias`: may a linear with an online op on
-    its input have a bias? `parallel`: can the checkpoint be served with tensor parallelism? `established` says how
+    skip connections. `multiple` divides every width of every linear, `block` every group of weights, or row where that
+    is the group. `online_bias`: may a linear with an online op on its input have a bias? `sliding`: can attention end
+    before the context does? `parallel`: can the checkpoint be served with tensor parallelism? `established` says how
     all of this is known.
     """
 
@@ -45,14 +46,17 @@ class Row:
     online: tuple[str, ...] = ()
     online_bias: bool = False
     multiple: int = 1
+    block: int = 1
     families: tuple[str, ...] | None = None
     moe: bool = False
+    sliding: bool = True
     parallel: bool = True
     established: str
 
     def cells(self) -> dict[str, str]:
         """The row in words, by column."""
-        groups = _groups(self.groups) if self.groups else "any size"
+        any_size = "any size" if self.block == 1 else f"any multiple of {self.block}"
+        groups = _groups(self.groups) if self.groups else any_size
         weights = _range(self.weights)
         if self.weights != (16,):
             weights += f" {_kind(self.symmetric)}, groups of {groups}"
@@ -63,6 +67,7 @@ class Row:
             f"widths multiples of {self.multiple}": self.multiple > 1,
             ", ".join(self.families or ()): self.families is not None,
             "no experts": not self.moe,
+            "the context ends with a sliding window": not self.sliding,
             "no bias after an online op": self.online and not self.online_bias,
             "no tensor parallelism": not self.parallel,
         }
@@ -86,9 +91,10 @@ _gguf = partial(
     Row,
     target="gguf",
     runtime="llama.cpp (llama-cpp-python 0.3.36)",
-    groups=(32,),
     families=("llama", "granite", "qwen2", "qwen3", "phi3"),
-    established="run: make test-runtimes",
+    block=32,
+    sliding=False,
+    established="run: tests/runtime/test_llama_cpp.py",
 )
 
 TARGETS: Final[tuple[Row, ...]] = (
@@ -134,7 +140,7 @@ TARGETS: Final[tuple[Row, ...]] = (
         format="pack-quantized",
         weights=(4,),
         multiple=32,
-        established="run: plain and folded checkpoints, groups of 128; sizes read in the kernel's source",
+        established="run: tests/runtime/test_vllm.py, groups of 32; of 128 by hand; sizes read in the kernel's source",
     ),
     Row(
         target=_CT,
@@ -145,7 +151,7 @@ TARGETS: Final[tuple[Row, ...]] = (
         groups=(None,),
         activations=(8,),
         activation_symmetric=(True,),
-        established="run: plain and folded checkpoints",
+        established="run: tests/runtime/test_vllm.py",
     ),
     Row(
         target=_CT,
@@ -185,9 +191,9 @@ TARGETS: Final[tuple[Row, ...]] = (
         established="the file run in vLLM's CPU build with its missing kernel replaced; the GPU kernel read",
     ),
     _gguf(format="F16", weights=(16,)),
-    _gguf(format="Q8_0", weights=(8,), symmetric=(True,)),
-    _gguf(format="Q4_0", weights=(4,), symmetric=(True,)),
-    _gguf(format="Q4_1", weights=(4,), symmetric=(False,)),
+    _gguf(format="Q8_0", weights=(5, 6, 7, 8), symmetric=(True,)),
+    _gguf(format="Q4_0", weights=(2, 3, 4), symmetric=(True,)),
+    _gguf(format="Q4_1", weights=(2, 3, 4), symmetric=(False,)),
     Row(
         target="transformers",
         runtime="Transformers 5.23 + spinfold",
@@ -229,12 +235,16 @@ BOUNDS: Final[dict[str, Bounds]] = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What of a run decides whether a target can have it; `online` are the ops that its network needs."""
+    """What of a run decides whether a target can have it.
+
+    `online` are the ops that its network needs, `widths` the sizes of its linears, `rows` those along which they sum.
+    """
 
     family: str
     recipe: Recipe
     online: tuple[str, ...] = ()
     widths: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
     down_bias: bool = False
     moe: bool = False
 
@@ -253,6 +263,7 @@ def facts_of(contents: Contents) -> Facts:
         recipe=contents.recipe,
         online=tuple(op for op in ONLINE if present[op]),
         widths=tuple(sorted({width for linear in linears for width in linear.weight_OI.shape})),
+        rows=tuple(sorted({linear.weight_OI.shape[1] for linear in linears})),
         down_bias=any(linear.role == "down" and linear.bias_O is not None for linear in linears),
         moe=any(linear.expert is not None for linear in linears),
     )
@@ -263,7 +274,9 @@ def choose(target: str, facts: Facts) -> list[Row]:
     rows = [row for row in TARGETS if row.target == target]
     if not rows:
         known = dict.fromkeys(row.target for row in TARGETS)
-        raise SpinfoldError(f"There is no target {target!r}.", "", f"Use one of: {', '.join(known)}.")
+        raise SpinfoldError(
+            f"There is no target {target[:200]!r}.", "No writer has this name.", f"Use one of: {', '.join(known)}."
+        )
     objections = {row: list(_objections(row, facts)) for row in rows}
     if fitting := [row for row, found in objections.items() if not found]:
         return fitting
@@ -282,7 +295,7 @@ def _objections(row: Row, facts: Facts) -> Iterator[tuple[int, str, str]]:
     """Why a row can't have a run: how far from it that is, the reason, and what the run should have been made with."""
     recipe = facts.recipe
     bits, grid, kinds = Bits.parse(recipe.bits), recipe.activations, (row.weights, row.activations, row.kv)
-    near = Bits(*(own if own in allowed else allowed[0] for own, allowed in zip(bits, kinds, strict=True)))
+    near = Bits(*(min(allowed, key=lambda b: (abs(b - own), -b)) for own, allowed in zip(bits, kinds, strict=True)))
     for what, own, allowed in zip(("weights", "activations", "a KV cache"), bits, kinds, strict=True):
         if own not in allowed:
             yield 2, f"{what} of {_either(allowed)} bits, not {own}.", f"--bits {near}"
@@ -290,9 +303,15 @@ def _objections(row: Row, facts: Facts) -> Iterator[tuple[int, str, str]]:
         if recipe.weights.symmetric not in row.symmetric:
             fix = f"weights.symmetric: {row.symmetric[0]}".lower()
             yield 1, f"weight grids are {_kind(row.symmetric)}.", fix
+        if recipe.overrides:
+            yield 4, "all linears have one weight grid.", "no overrides and no budget"
         if row.groups is not None and recipe.group_size not in row.groups:
             fix = " or ".join(f"--group-size {size}" if size else "no --group-size" for size in row.groups)
             yield 1, f"weights share a scale by groups of {_groups(row.groups)}.", fix
+        if any(size % row.block for size in facts.rows):
+            yield 4, f"every row of weights must be a multiple of {row.block}.", "another model"
+        elif recipe.group_size and recipe.group_size % row.block:
+            yield 1, f"weights share a scale by groups of a multiple of {row.block}.", f"--group-size {row.block}"
     if bits.activations == near.activations != 16:
         if grid.symmetric not in row.activation_symmetric:
             fix = f"activations.symmetric: {row.activation_symmetric[0]}".lower()

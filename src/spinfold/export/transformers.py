@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from spinfold.checkpoint import load_clips
+from spinfold.errors import reading
 from spinfold.evaluation import Proof
 from spinfold.export.contents import Contents
 from spinfold.export.packed import packed_tensors
@@ -100,7 +101,8 @@ def write(
     for file in contents.tokenizer_files:
         shutil.copyfile(file, folder / file.name)
     num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    (folder / "README.md").write_text(_card(contents, num_bytes), "utf-8")
+    with reading(contents.path / "run.json"):
+        (folder / "README.md").write_text(_card(contents, num_bytes), "utf-8")
     config = read_json(contents.path / "model" / "config.json")
     config |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": quantization.to_dict()}
     write_json(folder / "config.json", config)

@@ -50,6 +50,7 @@ def logits(folder: Path, ids_NT: Tensor) -> Tensor:
         from vllm import LLM, SamplingParams
     except ImportError as error:
         raise SpinfoldError("vLLM can't be asked.", f"It does not import: {error}.", "Run pip install vllm.") from None
+    torch.cpu._init_amx()  # Linux ends a process that uses AMX and has not asked for it
     size = read_json(folder / "config.json")["vocab_size"]
     model = LLM(
         model=str(folder),
