@@ -116,6 +116,7 @@ def _live(argv: Sequence[str], folder: str, at: Moment | int | None, deed: str, 
     from spinfold.cli import main
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
     sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
     seen: list[Moment] = []
     disk_is_full = False
