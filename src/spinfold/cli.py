@@ -79,6 +79,18 @@ Sites = Annotated[
     ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.", show_default=False)]
+BitWidths = Annotated[
+    str | None, typer.Option(help="Bits of weights, activations and KV cache, such as W4A4KV4 or W4A16.")
+]
+Grid = Annotated[Format | None, typer.Option(help="The kind of grid.")]
+GroupSize = Annotated[
+    int | None, typer.Option(help="Weights that share a scale, in input channels. One scale per row if not given.")
+]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="A recipe file, or the name of one that comes with spinfold. Options given beside it win."),
+]
 
 
 def _version(asked: bool) -> None:
@@ -109,24 +121,17 @@ def quantize(
     ],
     method: Annotated[str | None, typer.Option(help="A method that `spinfold methods` lists.")] = None,
     sites: Sites = None,
-    bits: Annotated[
-        str | None, typer.Option(help="Bits of weights, activations and KV cache, such as W4A4KV4 or W4A16.")
-    ] = None,
-    format: Annotated[Format | None, typer.Option(help="The kind of grid.")] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale, in input channels. One scale per row if not given.")
-    ] = None,
+    bits: BitWidths = None,
+    format: Grid = None,
+    group_size: GroupSize = None,
     rounding: Annotated[RoundingMethod | None, typer.Option(help="How weights get onto the grid.")] = None,
     calibration: Calibration = None,
     samples: Annotated[int | None, typer.Option(help="Number of calibration windows.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Length of a window, in tokens.")] = None,
     steps: Annotated[int | None, typer.Option(help="Number of optimiser steps of a learned method.")] = None,
     seed: Seed = None,
-    device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="A recipe file, or the name of one that comes with spinfold. Options given beside it win."),
-    ] = None,
+    device: Device = "auto",
+    recipe: Preset = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Only say what each stage will take, in time and memory, and if it fits.")
@@ -169,20 +174,14 @@ def inspect(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A folder for the page and inspect.json, new or empty.")
     ] = None,
-    bits: Annotated[
-        str | None, typer.Option(help="Bits of weights, activations and KV cache, such as W4A4KV4 or W4A16.")
-    ] = None,
-    format: Annotated[Format | None, typer.Option(help="The kind of grid.")] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale, in input channels. One scale per row if not given.")
-    ] = None,
+    bits: BitWidths = None,
+    format: Grid = None,
+    group_size: GroupSize = None,
     calibration: Annotated[str | None, typer.Option(help="The text to look at: a file, or a known name.")] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to look at.")] = 128,
     seed: Seed = None,
-    device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
-    recipe: Annotated[
-        str | None, typer.Option(help="A recipe file, or the name of a preset. Options given beside it win.")
-    ] = None,
+    device: Device = "auto",
+    recipe: Preset = None,
     quiet: Silent = False,
     as_json: Json = False,
 ) -> None:
@@ -328,7 +327,7 @@ def compare(
     recipe: Annotated[
         str | None, typer.Option(help="The settings that all entries share: a recipe file, or the name of a preset.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     shard: Annotated[str, typer.Option(help="Do the I-th of N parts of the work, counted from 0: I/N.")] = "0/1",
     seconds: Annotated[float, typer.Option(help="Start nothing new after so many seconds.")] = math.inf,
     merge: Annotated[
@@ -396,7 +395,7 @@ def export(
     text: Annotated[
         str | None, typer.Option(help="The text to compare on: a file, or a known name.", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to compute: auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     show: Annotated[bool, typer.Option("--list", help="List what each target can run, and how that is known.")] = False,
 ) -> None:
     """Write a run for another runtime, load it there, and prove that it computes what the run computes."""

@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import safe_open
-from tiny_run import TEXT, quantize, recipe, tiny_model, tree
+from tiny_run import quantize, recipe, tiny_model, tree
 from torch import Tensor
 
 import spinfold
@@ -51,13 +51,6 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "W8A8 online Hadamard": ("llama", {"bits": "W8A8", "sites": ONLINE, "online_dtype": "bfloat16"} | SYMMETRIC),
 }
 IDS_NT = torch.randint(3, 128, (4, 128), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.fixture(scope="module")

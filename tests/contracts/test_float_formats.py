@@ -20,18 +20,6 @@ from spinfold.recipe import Recipe
 BITS = {name: f"W{fmt.bits}A{fmt.bits}KV8" for name, fmt in FLOAT_FORMATS.items()}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(tiny_run.TEXT)
-    return path
-
-
 @pytest.mark.parametrize("name", ["fp8", "mxfp4", "nvfp4", "amxfp4"])
 def test_a_run_is_what_it_was_when_it_is_loaded(name: str, model: Path, text: Path, tmp_path: Path) -> None:
     settings = {"format": name, "bits": BITS[name], "method": "block-hadamard", "compute": "fp32"}

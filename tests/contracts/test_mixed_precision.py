@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import zoo
-from tiny_run import TEXT, Hook, contents, quantize, tiny_model
+from tiny_run import Hook, contents, quantize
 
 import spinfold
 from spinfold.checkpoint import load_run
@@ -17,18 +17,6 @@ from spinfold.plan import plan_run
 from spinfold.recipe import Recipe
 
 OVERRIDES = [{"match": "layers.*.down", "bits": 8, "group_size": 16}, {"match": "layers.0.*", "symmetric": False}]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT, "utf-8")
-    return path
 
 
 @pytest.mark.parametrize("change", [{"overrides": OVERRIDES}, {"budget": 4.75, "group_size": 32}], ids=str)

@@ -25,18 +25,6 @@ EVALUATION_TOKENS = 1 << 13
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT, "utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
 def other_text(text: Path) -> Path:
     path = text.with_name("other.jsonl")
     path.write_text("\n".join(json.dumps({"text": f"In the year {i} it rained there."}) for i in range(60)), "utf-8")

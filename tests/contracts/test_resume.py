@@ -23,18 +23,6 @@ LATER += [("round weights (gptq)", 3), ("evaluate quantized", 0), ("write checkp
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT, "utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     files = contents(quantize(model, tmp_path_factory.mktemp("whole") / "run", text).path)
     assert {"maps.safetensors", "maps.json", "model/model.safetensors", "recipe.yaml"} <= files.keys()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import TEXT, contents, recipe, tiny_model, tree
+from tiny_run import contents, recipe, tree
 
 import spinfold
 from spinfold.cli import main
@@ -175,18 +175,6 @@ def test_a_folder_that_was_removed_while_it_was_opened_is_no_lock(
 
 
 # ---- a full disk ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT, "utf-8")
-    return path
 
 
 @pytest.fixture

@@ -109,10 +109,10 @@ def _linear_kind(contents: Contents) -> GGMLQuantizationType:
 
 def _tensors(contents: Contents, architecture: Architecture) -> Iterator[tuple[str, QuantizedWeight | Tensor]]:
     """Every tensor of a run by its Hugging Face name, in the order of the file, rows where llama.cpp wants them."""
-    heads = {"q_proj": contents.config.num_attention_heads, "k_proj": contents.config.num_key_value_heads}
+    heads = {"attn_q": contents.config.num_attention_heads, "attn_k": contents.config.num_key_value_heads}
     modules = ((f"{name}.weight", weight) for name, weight in contents.modules())
     for name, value in chain(modules, contents.others()):
-        num_heads = heads.get(name.split(".")[-2]) if architecture.interleaved_rope else None
+        num_heads = heads.get(gguf_name(name, architecture).split(".")[-2]) if architecture.interleaved_rope else None
         yield name, value if num_heads is None else permute(value, num_heads)
 
 
