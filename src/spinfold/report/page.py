@@ -124,7 +124,12 @@ def _lede(run: Data) -> str:
         said.append(f"Rounding: {str(rounding).upper()}, one scale per {f'{group} inputs' if group else 'output row'}.")
     if (parameters := _number(model.get("parameters"))) is not None:
         family = f", family {model['family']}" if model.get("family") else ""
-        said.append(f"{parameters / 1e6:,.0f} million parameters{family}.")
+        millions = parameters / 1e6
+        said.append(
+            f"{millions:,.0f} million parameters{family}."
+            if millions >= 1
+            else f"{parameters:,.0f} parameters{family}."
+        )
     return " ".join(said)
 
 
