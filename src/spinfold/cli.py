@@ -66,6 +66,18 @@ Model = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Silent = Annotated[bool, typer.Option("--quiet", help="Show no stages.")]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        help="Zero-shot tasks, separated by commas, or all: boolq, piqa, siqa, hellaswag, winogrande, arc_easy, "
+        "arc_challenge, openbookqa. Without --text, `evaluate` then reads no text.",
+        show_default=False,
+    ),
+]
+TaskData = Annotated[
+    Path | None,
+    typer.Option(help="The folder with the tasks' items, such as piqa.jsonl.", show_default=False),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(help="The calibration text: a file (text, or JSON lines with a `text` field), or a known name."),
@@ -258,18 +270,8 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option(help="Stop after this many tokens; the whole text if not given.")
     ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            help="Zero-shot tasks, separated by commas, or all: boolq, piqa, siqa, hellaswag, winogrande, arc_easy, "
-            "arc_challenge, openbookqa. Then a text is read only if --text is given.",
-            show_default=False,
-        ),
-    ] = None,
-    task_data: Annotated[
-        Path | None,
-        typer.Option(help="The folder with the tasks' items, such as piqa.jsonl.", show_default=False),
-    ] = None,
+    tasks: Tasks = None,
+    task_data: TaskData = None,
     limit: Annotated[int | None, typer.Option(help="Items of each task; all if not given.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -323,6 +325,8 @@ def compare(
     max_tokens: Annotated[
         int | None, typer.Option(help="Measure on this many tokens of each text; on all if not given.")
     ] = None,
+    tasks: Tasks = None,
+    task_data: TaskData = None,
     calibration: Calibration = None,
     recipe: Annotated[
         str | None, typer.Option(help="The settings that all entries share: a recipe file, or the name of a preset.")
@@ -362,6 +366,8 @@ def compare(
         text=text,
         second_text=second_text,
         max_tokens=max_tokens,
+        tasks=_names(tasks) or (),
+        task_data=task_data,
         device=device,
         shard=_shard(shard),
         seconds=seconds,

@@ -19,9 +19,9 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from operator import attrgetter
 from pathlib import Path
@@ -33,7 +33,7 @@ from torch import Tensor
 from spinfold import __version__, plan
 from spinfold.compute import pick_device
 from spinfold.errors import CheckFailed, SpinfoldError, reading
-from spinfold.evaluation import Quality, Reference, measure_quality
+from spinfold.evaluation import Quality, Reference, TaskResult, average, evaluate_tasks, measure_quality, read_tasks
 from spinfold.fitting.text import load_text, windows
 from spinfold.grid import Cell, Grid
 from spinfold.maps import BlockDiagonal, Cost
@@ -96,6 +96,8 @@ def compare(
     text: str | None = None,
     second_text: str | None = None,
     max_tokens: int | None = None,
+    tasks: Sequence[str] = (),
+    task_data: str | Path | None = None,
     device: str = "auto",
     shard: tuple[int, int] = (0, 1),
     seconds: float = math.inf,
@@ -108,9 +110,10 @@ def compare(
 
     `grid` says what is compared, or names the entries of one (see `spinfold.grid`); all are partial recipes over
     `recipe`. Perplexity, KL and agreement are measured on `text` (else the held-out fifth of the calibration text) and
-    `second_text`, `max_tokens` of each at most. `shard` (i, n) leaves all but the i-th of n parts of the work to
-    others; no cell is started after `seconds`. `merge` names folders of the same comparison whose cells are taken over;
-    without a model nothing else is done. `on_cell` is called with the record of every cell that is finished.
+    `second_text`, `max_tokens` of each at most, accuracy on the zero-shot `tasks` whose files are in `task_data`.
+    `shard` (i, n) leaves all but the i-th of n parts of the work to others; no cell is started after `seconds`. `merge`
+    names folders of the same comparison whose cells are taken over; without a model nothing else is done. `on_cell` is
+    called with the record of every cell that is finished.
 
     A cell that fails is recorded with its reason, and the rest goes on. Raises `SpinfoldError`, before any weight is
     read, for a recipe that the model can't have and for a folder that holds something else.
@@ -125,6 +128,8 @@ def compare(
         _take_over(output, merge)
         return Comparison(output, _write_tables(output, page=True))
     checkpoint, cells = resolve(model), grid.cells(base)
+    if tasks:
+        read_tasks(tasks, task_data)  # what can't be used is refused before a weight is read
     for cell in cells:
         try:
             plan.plan_run(checkpoint.config, cell.recipe)
@@ -132,12 +137,12 @@ def compare(
             error.add_note(f"The entry {cell.label!r} asks for it, at {cell.recipe.bits}.")
             raise
     sources = [base.calibration.source, *(source for source in (text, second_text) if source is not None)]
-    _found(output, checkpoint, base, sources, max_tokens)
+    _found(output, checkpoint, base, sources, max_tokens, tasks)
     _take_over(output, merge)
 
     @cache
     def bench() -> _Bench:
-        return _Bench.prepare(checkpoint, base, place, progress, text, second_text, max_tokens)
+        return _Bench.prepare(checkpoint, base, place, progress, text, second_text, max_tokens, tasks, task_data)
 
     def late() -> bool:
         return time.monotonic() - start > seconds
@@ -234,10 +239,19 @@ class _Text:
 class _Bench:
     """The original, loaded and measured once; every stage of a cell is a method."""
 
-    def __init__(self, subject: Subject, second: _Text | None, progress: Progress) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        second: _Text | None,
+        tasks: Sequence[str],
+        task_data: str | Path | None,
+        compute: str,
+        progress: Progress,
+    ) -> None:
         self.subject, self.progress, self.device = subject, progress, subject.network.device
         texts = [_Text(subject.held_out_NT, subject.quality, subject.reference), second]
         self.texts = [one for one in texts if one is not None]
+        self.tasks, self.task_data, self.compute = tasks, task_data, compute
         self.calibration: dict[str, Tensor] = {}
 
     @classmethod
@@ -250,6 +264,8 @@ class _Bench:
         text: str | None,
         second_text: str | None,
         max_tokens: int | None,
+        tasks: Sequence[str],
+        task_data: str | Path | None,
     ) -> _Bench:
         """Load the model, and measure it on the texts."""
         subject = prepare(checkpoint, base, device, progress, held_out=text, held_out_tokens=max_tokens or _ALL)
@@ -262,14 +278,14 @@ class _Bench:
             )
             assert reference is not None
             second = _Text(ids_NT, quality, reference)
-        bench = cls(subject, second, progress)
+        bench = cls(subject, second, tasks, task_data, base.compute, progress)
         bench.calibration[base.calibration.source] = subject.calibration_T
         return bench
 
     def original(self) -> Record:
         """The record of the network as it is."""
-        qualities = [one.quality for one in self.texts]
-        return {"label": "original", "bits": "W16A16KV16", "rounding": "none", "seed": 0} | _figures(qualities)
+        figures = _figures([one.quality for one in self.texts], self._on_tasks(self.subject.network, self.compute))
+        return {"label": "original", "bits": "W16A16KV16", "rounding": "none", "seed": 0} | figures
 
     def subject_for(self, recipe: Recipe) -> Subject:
         """The subject with the recipe's calibration text, read once; `SpinfoldError` if it is too short."""
@@ -303,8 +319,8 @@ class _Bench:
         subject = self.subject_for(recipe)
         return _timed(self.device, partial(clips_of, subject, rotated, recipe, self.progress))
 
-    def measure(self, network: Network, recipe: Recipe, clips: Clips) -> list[Quality]:
-        """The figures on each text with activations and cache quantized. `CheckFailed` if they are no numbers."""
+    def measure(self, network: Network, recipe: Recipe, clips: Clips) -> Record:
+        """The figures with activations and cache quantized. `CheckFailed` if they are no numbers."""
         take_off = quantize_wires(network, recipe, clips=clips)
         try:
             qualities = [
@@ -313,11 +329,16 @@ class _Bench:
                 )[0]
                 for one in self.texts
             ]
+            if not all(math.isfinite(one.perplexity) for one in qualities):
+                raise CheckFailed("The quantized network's loss is not a finite number.")
+            return _figures(qualities, self._on_tasks(network, recipe.compute))
         finally:
             take_off()
-        if not all(math.isfinite(one.perplexity) for one in qualities):
-            raise CheckFailed("The quantized network's loss is not a finite number.")
-        return qualities
+
+    def _on_tasks(self, network: Network, compute: str) -> dict[str, TaskResult]:
+        if not self.tasks:
+            return {}
+        return evaluate_tasks(network, self.tasks, self.task_data, compute=compute, progress=self.progress)
 
 
 def _cells(bench: _Bench, job: Sequence[Cell], late: Callable[[], bool]) -> Iterator[tuple[Cell, Record]]:
@@ -347,9 +368,9 @@ def _measured(bench: _Bench, rotated: Rotated, rounded: tuple[Network, _Spent], 
     """What a rounded network cost, and how good it is."""
     network, rounding = rounded
     clips, search = bench.clip(rotated, recipe)
-    qualities = bench.measure(network, recipe, clips)
+    figures = bench.measure(network, recipe, clips)
     seconds = rounding.seconds + search.seconds
-    return {"rounding_seconds": seconds, "rounding_peak_bytes": rounding.peak_bytes} | _figures(qualities)
+    return {"rounding_seconds": seconds, "rounding_peak_bytes": rounding.peak_bytes} | figures
 
 
 # ---- records -------------------------------------------------------------------------------------------------------
@@ -388,11 +409,14 @@ def _cost_of_fit(rotated: Rotated, fit: _Spent) -> Record:
     }
 
 
-def _figures(qualities: Sequence[Quality]) -> Record:
-    """Perplexity, KL and agreement; those of a second text under names of their own."""
+def _figures(qualities: Sequence[Quality], results: Mapping[str, TaskResult]) -> Record:
+    """Perplexity, KL and agreement; those of a second text under names of their own; accuracy on tasks."""
     figures: Record = {"evaluation_seconds": sum(one.seconds for one in qualities)}
     for prefix, one in zip(("", "second_"), qualities, strict=False):
         figures |= {f"{prefix}{key}": getattr(one, key) for key in ("perplexity", "kl", "top1")}
+    if results:
+        figures["tasks"] = {name: asdict(one) for name, one in results.items()}
+        figures["task_accuracy"] = average(results).acc_norm
     return figures
 
 
@@ -428,7 +452,14 @@ def _check_folder(output: Path, resume: bool) -> None:
         plan.check_output(output)
 
 
-def _found(output: Path, checkpoint: Checkpoint, base: Recipe, sources: Sequence[str], max_tokens: int | None) -> None:
+def _found(
+    output: Path,
+    checkpoint: Checkpoint,
+    base: Recipe,
+    sources: Sequence[str],
+    max_tokens: int | None,
+    tasks: Sequence[str],
+) -> None:
     """Make the folder this comparison's, or check that it is."""
     recipe = base.model_dump(mode="json")
     common = {key: value for key, value in recipe.items() if key not in ("method", "bits", "seed")}
@@ -440,6 +471,7 @@ def _found(output: Path, checkpoint: Checkpoint, base: Recipe, sources: Sequence
         "recipe": common,
         "texts": [hashlib.sha256(one.text.encode()).hexdigest() for one in texts],
         "max_tokens": max_tokens,
+        "tasks": sorted(tasks),
         "version of spinfold": __version__,
     }
     measured = [one.name for one in texts[1:]] or [f"last fifth of {texts[0].name}"]

@@ -21,6 +21,7 @@ import tiny_run
 import torch
 import zoo
 from pydantic import BaseModel
+from task_items import write_items
 
 import spinfold
 from spinfold import comparison, pipeline
@@ -529,3 +530,20 @@ def test_the_online_cost_is_that_of_the_maps_on_the_wires() -> None:
     heads = network.layers[0].num_heads + network.layers[0].num_kv_heads
     assert online_cost(network).flops == layers * (heads * head.cost().flops + wide.cost().flops)
     assert online_cost(network).bytes == layers * (2 * head.cost().bytes + wide.cost().bytes)
+
+
+def test_tasks_are_those_of_evaluate(model: Path, text: Path, tmp_path: Path) -> None:
+    names, folder = ("piqa", "winogrande"), write_items(tmp_path / "items")
+    entry = {"label": "untouched", "source": "none", "bits": ["W16A16KV16"]}
+    found = run(model, tmp_path / "out", text, {"entries": [entry, "quarot"]}, tasks=names, task_data=folder)
+    accuracy = {row["name"]: row["task_accuracy"] for row in found.data["rows"]}
+    alone = spinfold.evaluate(str(model), tasks=names, task_data=folder, compute="fp32", device="cpu")["tasks"]
+    assert accuracy["original"] == accuracy["untouched"] == alone["average"]["acc_norm"]
+    assert accuracy["quarot"] is not None
+    cells = {cell["label"]: cell["tasks"] for cell in records(found.path).values()}
+    assert cells["original"] == {name: alone[name] for name in names}
+    with pytest.raises(SpinfoldError, match="another tasks"):
+        run(model, found.path, text, {"entries": ["quarot"]}, resume=True)
+    with pytest.raises(SpinfoldError, match="no task 'pika'"):
+        run(model, tmp_path / "typo", text, {"entries": ["quarot"]}, tasks=["pika"], task_data=folder)
+    assert not (tmp_path / "typo").exists()

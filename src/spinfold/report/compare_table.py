@@ -25,7 +25,7 @@ KEYS = (
     *("name", "method", "bits", "rounding", "seeds"),
     *(prefix + key for prefix in ("", "second_") for key in ("perplexity", "perplexity_sd")),
     *(prefix + key for prefix in ("", "second_") for key in ("perplexity_min", "perplexity_max", "kl", "top1")),
-    *(*_MEANS, *_MAXIMA, "needs_data", "needs_backprop", "settings", "failed"),
+    *("task_accuracy", *_MEANS, *_MAXIMA, "needs_data", "needs_backprop", "settings", "failed"),
 )
 """The keys of a row, and the columns of table.csv."""
 
@@ -51,7 +51,7 @@ def _row(cells: Sequence[Data]) -> dict[str, Any]:
             row[f"{prefix}perplexity_min"], row[f"{prefix}perplexity_max"] = min(found), max(found)
             row[f"{prefix}perplexity_sd"] = statistics.stdev(found) if len(found) > 1 else None
         row |= {prefix + key: _mean(_values(cells, prefix + key)) for key in ("perplexity", "kl", "top1")}
-    row |= {key: _mean(_values(cells, key)) for key in _MEANS}
+    row |= {key: _mean(_values(cells, key)) for key in ("task_accuracy", *_MEANS)}
     row |= {key: max(_values(cells, key), default=None) for key in _MAXIMA}
     if failures:
         row["failed"] = f"{len(failures)} of {len(cells)}: {failures[0]['failed']}"
@@ -92,6 +92,9 @@ def comparison_columns(texts: Sequence[str]) -> list[Column]:
         ]
     return [
         *columns,
+        Column(
+            "task_accuracy", "tasks", "{:.2%}".format, "mean accuracy on zero-shot tasks, acc_norm where there is one"
+        ),
         Column("fit_seconds", "fit", human_seconds, "time to fit, fold and prove"),
         Column("rounding_seconds", "round", human_seconds, "time to round the weights, and to search clip ratios"),
         Column("evaluation_seconds", "evaluate", human_seconds, "time to measure"),
