@@ -8,7 +8,7 @@
        error that GPTQ leaves in the weights:
            min over R of  Σ_W Σ_rows ε(w̃) Σ_i D_i,  ε the mean squared rounding error of a row, D as in OptRot+
     2. end to end, `fit.steps` steps (0: none, as by default where weights are the coarsest), by Cayley SGD on
-           KL(original || quantized network) + cross-entropy of the next token
+           KL(original || quantized network)
        all of these maps together, the Kronecker factors of the down map, and the clip ratios if the recipe says so.
     3. with bases per boundary, an exact chain of changes of basis of at most `fit.rank` (see methods/respinquant.py).
 
@@ -30,7 +30,7 @@ import torch
 
 from spinfold.fitting.capture import Captured, capture, pooled
 from spinfold.fitting.end_to_end import FitLog
-from spinfold.fitting.layerwise import LayerwiseSettings, dense, fit_to_rows
+from spinfold.fitting.layerwise import LayerwiseSettings, dense, fit_layerwise, rows_term
 from spinfold.fitting.row_objectives import rounding_error
 from spinfold.formats import Format
 from spinfold.maps import Map, Orthogonal, SiteMaps, kronecker_hadamard
@@ -134,9 +134,8 @@ def _rotate(
     *,
     rows_per_step: int = _ROWS,
 ) -> tuple[torch.Tensor, tuple[float, ...]]:
-    objective, count = partial(rounding_error, format=quantizer), min(rows_per_step, rows.shape[-2])
-    seed = task.recipe.seed
-    return fit_to_rows(first, rows, objective, count, settings, seed=seed, progress=task.progress, label=label)
+    term = rows_term(rows, partial(rounding_error, format=quantizer), min(rows_per_step, rows.shape[-2]))
+    return fit_layerwise(first, term, settings, seed=task.recipe.seed, progress=task.progress, label=label)
 
 
 SPINFOLD = Method(
