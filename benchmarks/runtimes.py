@@ -2,14 +2,15 @@
 
     python benchmarks/runtimes.py --text wiki.test.raw [--calibration sotu] [--tokens 20480] [--threads 2] [--work DIR]
 
-Runs are folded and rounded here, without the figures and proofs that `spinfold quantize` adds, which take longer than
-all else; the writers are those of `spinfold export`. Both stay under --work: what is there is not made again. Every
-figure is measured in a process of its own, with --threads threads on the CPU. Needs llama-cpp-python.
+Runs are made by `spinfold quantize`, checkpoints by `spinfold export --check`, which stops where a proof does not hold.
+Both stay under --work, and what is there is not made again. Every figure is measured in a process of its own, with
+--threads threads on the CPU. Needs llama-cpp-python.
 
-    perplexity   the text's first tokens in windows of 512, each by itself
+    perplexity   the text's first tokens in windows of 512, each by itself, in fp32
     tokens/s     greedy, one token after the other behind a prompt of 64, the best of three times 64
     load         until the model can be asked, the file in the page cache, the best of three
-    bits         of a linear weight with its scales; the header too where it holds no tokenizer (safetensors)
+    bits         of a linear weight with its scales, in the file; with its header too if that holds no tokenizer
+    in memory    the same of the loaded model; llama.cpp maps the file
 
 SmolLM2-135M. Shapes: N windows, T tokens, V vocabulary.
 """
@@ -31,21 +32,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spinfold import __version__
-from spinfold.checkpoint import load_run, save_clips, save_maps, save_model
-from spinfold.export import gguf_writer, quantizer, transformers
-from spinfold.export.check import prove_integers
+import spinfold
+from spinfold.checkpoint import load_run
+from spinfold.export import quantizer
 from spinfold.export.contents import Contents
 from spinfold.export.llama_cpp import logits, tokens_per_second
+from spinfold.export.packed import PackedWeight
 from spinfold.fitting.text import load_text, tokenize, windows
-from spinfold.folding import fold, fold_norms
-from spinfold.maps import Hadamard, SiteMaps
-from spinfold.networks import Network
 from spinfold.networks.gguf_header import scan
 from spinfold.networks.sources import resolve
+from spinfold.progress import for_terminal
 from spinfold.recipe import Recipe
-from spinfold.rounding import round_network
-from spinfold.run import whole_folder, write_json
 
 SEQ_LEN, PROMPT, GENERATED, TIMES = 512, 64, 64, 3
 FOLDED: dict[str, Any] = {"method": "quarot", "sites": ["residual", "value"]}
@@ -58,10 +55,10 @@ SERVED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "unquantized": (PLAIN | {"bits": "W16A16"}, ("gguf", "transformers")),
     "W4A16, groups of 32": (FOLDED | Q4_0 | GPTQ, ("gguf", "transformers")),
     "W4A16, whole rows": (FOLDED | Q4_0 | GPTQ | {"group_size": None}, ("transformers",)),
+    "W8A16, groups of 32": (FOLDED | Q4_0 | RTN | {"bits": "W8A16"}, ("gguf",)),
 }
 """Recipe and targets of each row of the first table."""
 RUNTIMES = {"gguf": "llama.cpp", "transformers": "the plugin"}
-WRITERS: dict[str, Callable[[Contents, Path], None]] = {"gguf": gguf_writer.write, "transformers": transformers.write}
 
 
 # ---- measuring, each in a process of its own -----------------------------------------------------------------------
@@ -106,8 +103,14 @@ def measure(where: str, folder: Path, ids_NT: Tensor, threads: int) -> dict[str,
     load, model = best(lambda: AutoModelForCausalLM.from_pretrained(folder))
     seconds, _ = best(lambda: generate(model, prompt))
     first, _ = best(lambda: generate(model, prompt, 1))
-    speed = (GENERATED - 1) / (seconds - first)
-    return {"load": load, "speed": speed, "perplexity": perplexity(lambda ids_1T: model(ids_1T).logits, ids_NT)}
+    packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
+    num_bytes = sum(x.numel() * x.element_size() for module in packed for x in module.buffers())
+    return {
+        "load": load,
+        "speed": (GENERATED - 1) / (seconds - first),
+        "perplexity": perplexity(lambda ids_1T: model(ids_1T).logits, ids_NT),
+        "bits": 8 * num_bytes / sum(module.shape.numel() for module in packed) if packed else 32.0,
+    }
 
 
 def generate(model: Any, prompt_T: Tensor, count: int = GENERATED) -> Tensor:
@@ -133,44 +136,22 @@ def measured(work: Path, where: str, folder: Path, threads: int) -> dict[str, fl
 # ---- making --------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def made_run(folder: Path, recipe: Recipe) -> Path:
-    """A run of SmolLM2, its Hadamards those of QuaRot's folded sites."""
-    if folder.exists():
-        return folder
-    print(f"making {folder.name}", file=sys.stderr)
-    checkpoint = resolve("smollm2")
-    network = Network(checkpoint.load_model(), checkpoint.load_tokenizer(), checkpoint.name)
-    network.untie()
-    maps = SiteMaps()
-    if recipe.method == "quarot":
-        fold_norms(network)
-        value = tuple(Hadamard(layer.head_dim, recipe.seed) for layer in network.layers)
-        maps = SiteMaps(residual=Hadamard(network.hidden_size, recipe.seed), value=value)
-        fold(network, maps)
-    source, calibration = load_text(recipe.calibration.source), recipe.calibration
-    tokens_T = tokenize(source, network.tokenizer, 4 * calibration.samples * calibration.seq_len)
-    ids_NT = windows(tokens_T, calibration.seq_len, calibration.samples, recipe.seed)
-    rounded = [] if recipe.weight_format is None else [x for y in round_network(network, recipe, ids_NT) for x in y]
-    with whole_folder(folder) as part:
-        save_model(part / "model", network, rounded)
-        save_maps(part, maps)
-        save_clips(part, {})
-        data = {"spinfold": __version__, "recipe": recipe.model_dump(mode="json"), "proofs": []}
-        data |= {"model": {"name": network.name}, "text": {"evaluation": "nothing"}, "metrics": {"rows": []}}
-        write_json(part / "run.json", data)
+def made_run(work: Path, recipe: Recipe, text: str) -> Path:
+    """A run of SmolLM2."""
+    folder = work / recipe.fingerprint()
+    if not (folder / "run.json").is_file():
+        print(f"making {folder}: {recipe.method} {recipe.bits} {recipe.rounding.method}", file=sys.stderr)
+        spinfold.quantize(
+            "smollm2", folder, recipe, device="cpu", resume=True, evaluate_on=text, progress=for_terminal()
+        )
     return folder
 
 
-def made_export(run: Path, target: str) -> Path:
-    """What the target's writer makes of a run; in GGUF with the very integers."""
+def made_export(run: Path, target: str, text: str) -> Path:
+    """What `spinfold export` makes of a run, loaded and compared there."""
     folder = run.with_name(f"{run.name}-{target}")
     if not folder.exists():
-        contents = Contents.open(run)
-        with whole_folder(folder) as part:
-            WRITERS[target](contents, part)
-            if target == "gguf" and contents.recipe.weight_format is not None:
-                assert prove_integers(contents, dict(gguf_writer.read_integers(part)), target).ok
+        spinfold.export(run, target, folder, text=text, device="cpu", progress=for_terminal())
     return folder
 
 
@@ -191,42 +172,38 @@ def sizes(run: Path, folder: Path, target: str) -> tuple[float, float]:
 # ---- the tables ----------------------------------------------------------------------------------------------------
 
 
-def served_table(work: Path, base: Recipe, threads: int) -> list[str]:
+def served_table(work: Path, base: Recipe, text: str, threads: int) -> list[str]:
     """Every checkpoint in every runtime it is for."""
     lines = [
-        "| checkpoint | runtime | MB | bits | load s | tokens/s | perplexity in memory | there |",
-        "|---|---|---|---|---|---|---|---|",
+        "| checkpoint | runtime | MB | bits | in memory | load s | tokens/s | perplexity in memory | there |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, (changes, targets) in SERVED.items():
-        run = made_run(work / slug(name), base.with_(**changes))
+        run = made_run(work, base.with_(**changes), text)
         memory = measured(work, "memory", run, threads)
         for target in targets:
-            folder = made_export(run, target)
+            folder = made_export(run, target, text)
             there, (size, bits) = measured(work, target, folder, threads), sizes(run, folder, target)
             lines.append(
-                f"| {name} | {RUNTIMES[target]} | {size:.1f} | {bits:.2f} | {there['load']:.2f} | {there['speed']:.1f} "
+                f"| {name} | {RUNTIMES[target]} | {size:.1f} | {bits:.2f} | {there.get('bits', bits):.2f} "
+                f"| {there['load']:.2f} | {there['speed']:.1f} "
                 f"| {memory['perplexity']:.3f} | {there['perplexity']:.3f} |"
             )
     return lines
 
 
-def rotation_table(work: Path, base: Recipe, seeds: int, threads: int) -> list[str]:
+def rotation_table(work: Path, base: Recipe, text: str, seeds: int, threads: int) -> list[str]:
     """Q4_0 with and without folded rotations, rounded to nearest and by GPTQ."""
     lines = ["| rounding | rotations | seed | perplexity in memory | in llama.cpp |", "|---|---|---|---|---|"]
     for rounding, how in (("RTN", RTN), ("GPTQ", GPTQ)):
         for maps, which in (("none", PLAIN), ("folded", FOLDED)):
             for seed in range(seeds if maps == "folded" or rounding == "GPTQ" else 1):
                 recipe = base.with_(**Q4_0, **how, **which, seed=seed)
-                run = made_run(work / slug(f"Q4_0 {rounding} {maps} {seed}"), recipe)
+                run = made_run(work, recipe, text)
                 memory = measured(work, "memory", run, threads)["perplexity"]
-                there = measured(work, "gguf", made_export(run, "gguf"), threads)["perplexity"]
+                there = measured(work, "gguf", made_export(run, "gguf", text), threads)["perplexity"]
                 lines.append(f"| {rounding} | {maps} | {seed} | {memory:.3f} | {there:.3f} |")
     return lines
-
-
-def slug(name: str) -> str:
-    """A name as a folder's."""
-    return name.lower().replace(",", "").replace(" ", "-")
 
 
 def main() -> None:
@@ -247,8 +224,8 @@ def main() -> None:
     base = Recipe().with_(
         calibration__source=args.calibration, calibration__samples=args.samples, calibration__seq_len=SEQ_LEN
     )
-    print("\n".join(rotation_table(args.work, base, args.seeds, args.threads)), end="\n\n", flush=True)
-    print("\n".join(served_table(args.work, base, args.threads)))
+    print("\n".join(rotation_table(args.work, base, args.text, args.seeds, args.threads)), end="\n\n", flush=True)
+    print("\n".join(served_table(args.work, base, args.text, args.threads)))
 
 
 if __name__ == "__main__":

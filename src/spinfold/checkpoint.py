@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -25,6 +25,7 @@ from spinfold.folding import place_online
 from spinfold.formats import QuantizedWeight
 from spinfold.maps import SiteMaps
 from spinfold.networks import WIRES, Network
+from spinfold.networks.placement import built_without_weights
 from spinfold.networks.sources import transformers_errors
 from spinfold.recipe import Recipe
 from spinfold.rounding import RoundedLinear
@@ -87,7 +88,7 @@ def save_model(path: Path, network: Network, rounded: Sequence[RoundedLinear]) -
     """
     places = {(x.layer, x.key) for x in rounded}
     names = {x.parameter for x in network.linears if (x.layer, x.key) in places}
-    tensors = {name: value for name, value in network.model.state_dict().items() if name not in names}
+    tensors = network.tensors([name for name in network.model.state_dict() if name not in names])
     shutil.rmtree(path, ignore_errors=True)  # of an attempt that was stopped after this
     with whole_folder(path) as folder:
         save_tensors(folder / "model.safetensors", tensors | rounded_tensors(rounded), {"format": "spinfold"})
@@ -116,6 +117,8 @@ def save_folder(network: Network, path: Path, dtype: torch.dtype, also: Iterable
     names = names if len(shards) > 1 else ["model.safetensors"]
     with whole_folder(path) as folder:
         for name, shard in zip(names, shards, strict=True):
+            if not network.resident:
+                shard = network.tensors(shard.keys())
             save_tensors(
                 folder / name, {key: _cast(key, value, dtype) for key, value in shard.items()}, {"format": "pt"}
             )
@@ -143,8 +146,17 @@ def _shards(tensors: Mapping[str, Tensor], itemsize: int) -> Iterator[dict[str, 
 
 def round_weights(network: Network, dtype: torch.dtype) -> None:
     """Round every weight to `dtype` in place; it is computed with as before. `SpinfoldError` if one is too large."""
+    for layer in network.layers:
+        layer.change(lambda layer: _round_parameters(layer.module, dtype, layer.prefix))
+    layers = {id(parameter) for layer in network.layers for parameter in layer.module.parameters()}
     for name, parameter in network.model.named_parameters():
-        parameter.copy_(_cast(name, parameter, dtype))
+        if id(parameter) not in layers:
+            parameter.copy_(_cast(name, parameter, dtype))
+
+
+def _round_parameters(module: nn.Module, dtype: torch.dtype, prefix: str) -> None:
+    for name, parameter in module.named_parameters():
+        parameter.copy_(_cast(f"{prefix}.{name}", parameter, dtype))
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -180,25 +192,29 @@ def run_config(path: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(path / "model", **_LOCAL)
 
 
-def load_run(path: Path, device: torch.device) -> Network:
+def load_run(path: Path, device: torch.device, room: float | None = None) -> Network:
     """The quantized network of a finished run: dequantized weights, online maps and quantizers in place.
 
-    The recipe is the one in run.json: recipe.yaml is the user's copy.
+    If the weights in fp32 take more than `room` bytes, layers stay in the file and are dequantized in their turns. The
+    recipe is the one in run.json: recipe.yaml is the user's copy.
     """
     config, folder = run_config(path), path / "model"
     with reading(path / "run.json"):
         recipe = Recipe.parse(read_json(path / "run.json").get("recipe"), f"recipe in {path / 'run.json'}")
     tensors, _ = load_tensors(folder / "model.safetensors")
     with transformers_errors(f"The model of the run {path} can't be built.", "Make the run again."):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with built_without_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
-    network = Network(model, tokenizer, path.name)
     try:
-        _fill(network, tensors, recipe)
+        weights = _RunWeights(tensors, recipe)
+        network = Network(model, tokenizer, path.name, store=weights, device=device)
+        weights.belong_to(network)
+        if room is None or 4 * sum(parameter.numel() for parameter in model.parameters()) <= room:
+            network.settle()
     except (KeyError, RuntimeError) as error:
         why = f"A tensor is missing or does not fit: {' '.join(str(error).split())[:300]}"
         raise SpinfoldError(f"{folder} is not this run's model.", why, "Make the run again.") from None
-    network.to(device)
     maps, clips = load_maps(path), load_clips(path)
     with reading(path):
         place_online(network, maps)
@@ -206,21 +222,36 @@ def load_run(path: Path, device: torch.device) -> Network:
     return network
 
 
-def _fill(network: Network, tensors: dict[str, Tensor], recipe: Recipe) -> None:
-    """Put stored tensors into a network that was built from its config; KeyError or RuntimeError if they don't fit."""
-    rounded: set[str] = set()
-    if recipe.weight_format is not None:
-        linears = {f"layers.{linear.layer}.{linear.key}": linear for linear in network.linears}
-        parts_of: dict[str, dict[str, Tensor]] = {name: {} for name in linears}
-        for key in list(tensors):
-            name, _, part = key.rpartition(".")
-            if name in linears:
-                parts_of[name][part] = tensors.pop(key)
-        for name, linear in linears.items():
-            format = recipe.weight_format_of(name)
+class _RunWeights:
+    """A run's tensors as a network's weights: rounded linears are dequantized when they are read."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], recipe: Recipe) -> None:
+        self.tensors, self.recipe = tensors, recipe
+        self.rounded: dict[str, list[str]] = {}
+        self.shape_of: dict[str, torch.Size] = {}
+
+    def belong_to(self, network: Network) -> None:
+        """Take the names of the network's linears; KeyError if a tensor is missing, or one is left over."""
+        if self.recipe.weight_format is not None:
+            for linear in sorted(network.linears, key=lambda linear: linear.rows.start):
+                self.rounded.setdefault(linear.parameter, []).append(f"layers.{linear.layer}.{linear.key}")
+        state = network.model.state_dict()
+        self.shape_of = {name: state[name].shape for name in self.rounded}
+        parts = {key: key.rpartition(".")[0] for key in self.tensors}
+        linears = {name for names in self.rounded.values() for name in names}
+        plain = {key for key, name in parts.items() if name not in linears}
+        if odd := [*(plain ^ (state.keys() - self.rounded.keys())), *(linears - set(parts.values()))]:
+            raise KeyError(min(odd))
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self._dequantized(name) if name in self.rounded else self.tensors[name] for name in names}
+
+    def _dequantized(self, parameter: str) -> Tensor:
+        weights = []
+        for name in self.rounded[parameter]:
+            format = self.recipe.weight_format_of(name)
             assert format is not None
-            linear.weight_OI.copy_(QuantizedWeight.from_tensors(parts_of[name], format).dequantize())
-            rounded.add(linear.parameter)
-    missing, unexpected = network.model.load_state_dict(tensors, strict=False)
-    if odd := [*unexpected, *sorted(set(missing) - rounded)]:
-        raise KeyError(odd[0])
+            own = {key: f"{name}.{key}" for key in ("q", "scale", format.second)}
+            parts = {key: self.tensors[place] for key, place in own.items() if place in self.tensors}
+            weights.append(QuantizedWeight.from_tensors(parts, format).dequantize())
+        return torch.cat(weights).view(self.shape_of[parameter])

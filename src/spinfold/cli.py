@@ -26,7 +26,7 @@ from typer.exceptions import TyperException
 
 import spinfold
 from spinfold.errors import SpinfoldError
-from spinfold.progress import for_terminal
+from spinfold.progress import for_terminal, launched
 
 if TYPE_CHECKING:
     from spinfold.forecast import Forecast
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
+_TOGETHER = ("quantize", "evaluate")
+"""What several processes of torchrun can do together."""
 
 
 class Format(StrEnum):
@@ -92,7 +94,7 @@ Sites = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.", show_default=False)]
 BitWidths = Annotated[
-    str | None, typer.Option(help="Bits of weights, activations and KV cache, such as W4A4KV4 or W4A16.")
+    str | None, typer.Option(help="Bits of weights, activations and KV cache, such as W4A4KV4, W4A16 or W4A4K4V2.")
 ]
 Grid = Annotated[Format | None, typer.Option(help="The kind of grid.")]
 GroupSize = Annotated[
@@ -123,6 +125,15 @@ def _spinfold(
 ) -> None:
     """Learn rotations for quantized language models, prove that they change nothing else, and round what is left."""
     context.obj["debug"] = debug
+    number, count = launched()
+    if count > 1 and context.invoked_subcommand not in _TOGETHER:
+        raise SpinfoldError(
+            f"`spinfold {context.invoked_subcommand}` can't run in {count} processes.",
+            f"Only these can work together: {', '.join(_TOGETHER)}.",
+            "Run it without torchrun; `compare` has --ray and --shard.",
+        )
+    if number > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the first process prints the result for all
 
 
 @app.command()
@@ -338,6 +349,14 @@ def compare(
         list[Path] | None,
         typer.Option(help="A folder of the same comparison whose cells to take over; may be given again."),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Let a Ray cluster do the work: host:port of its head, `auto` for the one that this machine belongs "
+            "to, `local` for one of this machine alone.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a comparison, also beside another process.")
     ] = False,
@@ -372,11 +391,13 @@ def compare(
         shard=_shard(shard),
         seconds=seconds,
         merge=merge or (),
+        ray=ray,
         resume=resume,
         on_cell=_print_cell,
         progress=None if quiet else for_terminal(),
     )
-    shown = ("name", "bits", "rounding", "seeds", "perplexity", "perplexity_sd", "kl", "fit_seconds")
+    shown = ("name", *("format",) * bool(grid.formats), "bits", "rounding", "seeds", "perplexity", "perplexity_sd")
+    shown = (*shown, "kl", "fit_seconds")
     _print_table(shown, ([_number(row[key]) for key in shown] for row in comparison.data["rows"]))
     for reason in comparison.failed:
         print(f"Failed: {reason}", file=sys.stderr)
@@ -472,7 +493,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if settings["debug"]:
             traceback.print_exc()
         explained = _explain(error)
-        print("\n".join([str(explained), *_notes(error)]), file=sys.stderr)
+        who = f"Process {launched()[0]} of {launched()[1]}: " if launched()[0] else ""
+        print("\n".join([f"{who}{explained}", *_notes(error)]), file=sys.stderr)
         return explained.exit_code
 
 
@@ -566,8 +588,8 @@ def _print_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
 def _print_cell(cell: Mapping[str, Any]) -> None:
     names = ("perplexity", "second_perplexity", "kl", "fit_seconds", "rounding_seconds", "evaluation_seconds")
     numbers = ", ".join(f"{name.replace('_', ' ')} {_number(cell[name])}" for name in names if cell.get(name))
-    what = f"{cell['label']} {cell['bits']} {cell['rounding']} seed {cell['seed']}"
-    print(f"{what}: {cell.get('failed') or numbers}", flush=True)
+    what = " ".join(str(cell[name]) for name in ("label", "format", "bits", "rounding") if cell.get(name))
+    print(f"{what} seed {cell['seed']}: {cell.get('failed') or numbers}", flush=True)
 
 
 def _print_forecast(forecast: Forecast, as_json: bool) -> None:

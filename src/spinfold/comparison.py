@@ -15,14 +15,16 @@ from __future__ import annotations
 import fcntl
 import gc
 import hashlib
+import json
 import math
 import os
+import pickle
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +33,7 @@ import torch
 from torch import Tensor
 
 from spinfold import __version__, plan
+from spinfold.cluster import Lost, connected, on_cluster
 from spinfold.compute import pick_device
 from spinfold.errors import CheckFailed, SpinfoldError, reading
 from spinfold.evaluation import Quality, Reference, TaskResult, average, evaluate_tasks, measure_quality, read_tasks
@@ -54,7 +57,7 @@ __all__ = [
     "Comparison",
     "compare",
     "fit_key",
-    "hold_job",
+    "hold_jobs",
     "online_cost",
     "rounding_key",
 ]
@@ -84,7 +87,8 @@ class Comparison:
     def failed(self) -> list[str]:
         """The rows of which a cell failed, with the reason."""
         rows = self.data["rows"]
-        return [f"{x['name']} {x['bits']} {x['rounding']}: {x['failed']}" for x in rows if x.get("failed")]
+        what = ("name", "format", "bits", "rounding")
+        return [f"{' '.join(x[key] for key in what if x.get(key))}: {x['failed']}" for x in rows if x.get("failed")]
 
 
 def compare(
@@ -102,6 +106,7 @@ def compare(
     shard: tuple[int, int] = (0, 1),
     seconds: float = math.inf,
     merge: Sequence[str | Path] = (),
+    ray: str | None = None,
     resume: bool = False,
     on_cell: Callable[[Record], None] | None = None,
     progress: Progress | None = None,
@@ -112,8 +117,9 @@ def compare(
     `recipe`. Perplexity, KL and agreement are measured on `text` (else the held-out fifth of the calibration text) and
     `second_text`, `max_tokens` of each at most, accuracy on the zero-shot `tasks` whose files are in `task_data`.
     `shard` (i, n) leaves all but the i-th of n parts of the work to others; no cell is started after `seconds`. `merge`
-    names folders of the same comparison whose cells are taken over; without a model nothing else is done. `on_cell` is
-    called with the record of every cell that is finished.
+    names folders of the same comparison whose cells are taken over; without a model nothing else is done. `ray` is the
+    address of a cluster whose machines do the jobs (see `cluster.py`), one per GPU, or per core if there is none or
+    `device` is cpu. `on_cell` is called with the record of every cell that is finished.
 
     A cell that fails is recorded with its reason, and the rest goes on. Raises `SpinfoldError`, before any weight is
     read, for a recipe that the model can't have and for a folder that holds something else.
@@ -122,7 +128,7 @@ def compare(
     output, progress = Path(output), progress or Quiet()
     grid = grid if isinstance(grid, Grid) else Grid.parse({"entries": list(grid)})
     base = grid.base(recipe or Recipe())
-    place = pick_device(device)
+    place = pick_device(device if ray is None else "cpu")
     _check_folder(output, resume)
     if model is None:
         _take_over(output, merge)
@@ -140,16 +146,25 @@ def compare(
     _found(output, checkpoint, base, sources, max_tokens, tasks)
     _take_over(output, merge)
 
+    setting = (checkpoint, base, text, second_text, max_tokens, tasks, task_data)
+
     @cache
     def bench() -> _Bench:
-        return _Bench.prepare(checkpoint, base, place, progress, text, second_text, max_tokens, tasks, task_data)
+        return _Bench.prepare(place, progress, *setting)
 
     def late() -> bool:
         return time.monotonic() - start > seconds
 
     jobs = _grouped(fit_key, cells)[shard[0] :: shard[1]]
     try:
-        _work(output, jobs, bench, late, on_cell or (lambda _: None), progress)
+        if ray is None:
+            _work(output, jobs, bench, late, on_cell or (lambda _: None), progress)
+        else:
+            end = time.time() + seconds - (time.monotonic() - start)
+            with connected(ray) as gpus:
+                there = "cuda" if gpus and device != "cpu" else "cpu"
+                work = partial(_cells_there, pickle.dumps(setting), there, end)
+                _work_on_cluster(output, jobs, work, there, on_cell or (lambda _: None), progress)
     finally:
         data = _write_tables(output, page=True)
     return Comparison(output, data)
@@ -207,10 +222,16 @@ def _attempt(stage: Callable[[], T]) -> T | _Failure:
 
 @dataclass(frozen=True)
 class _Spent:
-    """Wall time, and on a GPU the most memory in use at once beyond what was in use before."""
+    """Wall time, and on a GPU the most memory in use at once, and how much of it was in use before."""
 
     seconds: float
-    peak_bytes: int | None
+    most_bytes: int | None = None
+    before_bytes: int = 0
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most memory beyond what was in use before."""
+        return None if self.most_bytes is None else self.most_bytes - self.before_bytes
 
 
 def _timed(device: torch.device, stage: Callable[[], T]) -> tuple[T, _Spent]:
@@ -223,8 +244,26 @@ def _timed(device: torch.device, stage: Callable[[], T]) -> tuple[T, _Spent]:
     result = stage()
     if on_gpu:
         torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before if on_gpu else None
-    return result, _Spent(time.perf_counter() - start, peak)
+    most = torch.cuda.max_memory_allocated(device) if on_gpu else None
+    return result, _Spent(time.perf_counter() - start, most, before)
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """A network with rounded weights, their bits with scales, and what each layer took."""
+
+    network: Network
+    bits_per_weight: float
+    layers: tuple[_Spent, ...] = ()
+
+    def record(self) -> Record:
+        """Without layers, weights stay as they are."""
+        peaks = [one.peak_bytes for one in self.layers if one.peak_bytes is not None]
+        cost: Record = {"bits_per_weight": self.bits_per_weight}
+        if self.layers:
+            cost["rounding_layer_seconds"] = sum(one.seconds for one in self.layers) / len(self.layers)
+            cost["rounding_layer_bytes"] = max(peaks, default=None)
+        return cost
 
 
 @dataclass(frozen=True)
@@ -257,10 +296,10 @@ class _Bench:
     @classmethod
     def prepare(
         cls,
-        checkpoint: Checkpoint,
-        base: Recipe,
         device: torch.device,
         progress: Progress,
+        checkpoint: Checkpoint,
+        base: Recipe,
         text: str | None,
         second_text: str | None,
         max_tokens: int | None,
@@ -301,18 +340,28 @@ class _Bench:
         subject = self.subject_for(recipe)
         return _timed(self.device, partial(rotate_network, subject, recipe, self.progress))
 
-    def round(self, rotated: Rotated, recipe: Recipe) -> tuple[Network, _Spent]:
+    def round(self, rotated: Rotated, recipe: Recipe) -> tuple[_Rounded, _Spent]:
         """The rotated network with rounded weights; itself, if they stay in 16 bits."""
         if recipe.weight_format is None:
-            return rotated.network, _Spent(0.0, None)
+            return _Rounded(rotated.network, 16.0), _Spent(0.0)
         subject, network = self.subject_for(recipe), rotated.network.copy()
         ids_NT = subject.windows(recipe.calibration.seq_len, recipe.calibration.samples, recipe.seed)
 
-        def stage() -> None:
-            for _ in round_network(network, recipe, ids_NT, progress=self.progress):
-                pass
+        def stage() -> _Rounded:
+            layers: list[_Spent] = []
+            bits, weights = 0.0, 0
+            rounding = iter(round_network(network, recipe, ids_NT, progress=self.progress))
+            while True:
+                rounded, spent = _timed(self.device, partial(next, rounding, None))
+                if rounded is None:
+                    return _Rounded(network, bits / weights, tuple(layers))
+                layers.append(spent)
+                bits += sum(one.weight.bits_per_weight * one.weight.q_OI.numel() for one in rounded)
+                weights += sum(one.weight.q_OI.numel() for one in rounded)
 
-        return network, _timed(self.device, stage)[1]
+        result, spent = _timed(self.device, stage)
+        peaks = [one.most_bytes for one in (spent, *result.layers) if one.most_bytes is not None]
+        return result, replace(spent, most_bytes=max(peaks, default=None))
 
     def clip(self, rotated: Rotated, recipe: Recipe) -> tuple[Clips, _Spent]:
         """The clip ratios that the recipe leaves to a search."""
@@ -364,13 +413,14 @@ def _cells(bench: _Bench, job: Sequence[Cell], late: Callable[[], bool]) -> Iter
             yield cell, record | (_failed(measured) if isinstance(measured, _Failure) else measured)
 
 
-def _measured(bench: _Bench, rotated: Rotated, rounded: tuple[Network, _Spent], recipe: Recipe) -> Record:
+def _measured(bench: _Bench, rotated: Rotated, rounded: tuple[_Rounded, _Spent], recipe: Recipe) -> Record:
     """What a rounded network cost, and how good it is."""
-    network, rounding = rounded
+    result, rounding = rounded
     clips, search = bench.clip(rotated, recipe)
-    figures = bench.measure(network, recipe, clips)
+    figures = bench.measure(result.network, recipe, clips)
     seconds = rounding.seconds + search.seconds
-    return {"rounding_seconds": seconds, "rounding_peak_bytes": rounding.peak_bytes} | figures
+    cost = {"rounding_seconds": seconds, "rounding_peak_bytes": rounding.peak_bytes}
+    return result.record() | cost | figures
 
 
 # ---- records -------------------------------------------------------------------------------------------------------
@@ -381,6 +431,7 @@ def _describe(cell: Cell) -> Record:
     recipe, method = cell.recipe, METHODS[cell.recipe.method]
     return {
         "label": cell.label,
+        **({"format": cell.format} if cell.format else {}),
         "method": method.name,
         "summary": method.summary,
         "paper": method.paper,
@@ -461,7 +512,7 @@ def _found(
     tasks: Sequence[str],
 ) -> None:
     """Make the folder this comparison's, or check that it is."""
-    recipe = base.model_dump(mode="json")
+    recipe = json.loads(base.identity())
     common = {key: value for key, value in recipe.items() if key not in ("method", "bits", "seed")}
     common["rounding"] = {key: value for key, value in recipe["rounding"].items() if key != "method"}
     common["calibration"] = {key: value for key, value in recipe["calibration"].items() if key != "source"}
@@ -485,7 +536,7 @@ def _agree(output: Path, ours: Record) -> None:
         write_json(output / _KEY, ours)
     with reading(output / _KEY, "Use another folder."):
         before = dict(read_json(output / _KEY)["key"])
-        changed = sorted(name for name, value in ours["key"].items() if before.get(name) != value)
+        changed = sorted(name for name, value in ours["key"].items() if (before.get(name) or None) != (value or None))
     if changed:
         raise SpinfoldError(
             f"{output} holds another comparison.",
@@ -504,21 +555,26 @@ def _take_over(output: Path, folders: Iterable[str | Path]) -> None:
 
 
 @contextmanager
-def hold_job(folder: Path, job: str) -> Iterator[bool]:
-    """Is the job this process's while the block runs? The system takes it back however the process ends.
+def hold_jobs(folder: Path, jobs: Iterable[str]) -> Iterator[list[bool]]:
+    """Which jobs are this process's while the block runs? The system takes them back however the process ends.
 
-    A job is one byte of a file, by its hash, that is locked for one process; so a process holds one job at a time. A
-    file system that knows no locks gives every job to everybody, which costs time and harms nothing.
+    A job is one byte of a file, by its hash, that is locked for one process, until it closes the file: so there is one
+    such block at a time. A file system that knows no locks gives every job to everybody, which costs time and harms
+    nothing.
     """
     with (folder / ".jobs").open("ab") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(hashlib.sha256(job.encode()).hexdigest()[:15], 16))
-        except (BlockingIOError, PermissionError):
-            yield False
-            return
-        except OSError:
-            pass
-        yield True
+
+        def lock(job: str) -> bool:
+            place = int(hashlib.sha256(job.encode()).hexdigest()[:15], 16)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+            except (BlockingIOError, PermissionError):
+                return False
+            except OSError:
+                pass
+            return True
+
+        yield [lock(job) for job in jobs]
 
 
 def _work(
@@ -534,8 +590,8 @@ def _work(
     folder.mkdir(parents=True, exist_ok=True)
     with progress.stage("compare", total=sum(map(len, jobs))) as bar:
         for job in jobs:
-            with hold_job(folder, fit_key(job[0].recipe)) as ours:
-                missing = [cell for cell in job if not (folder / f"{cell.name}.json").exists()]
+            with hold_jobs(folder, [fit_key(job[0].recipe)]) as (ours,):
+                missing = _missing(folder, job)
                 bar.advance(len(job) - len(missing))
                 if not missing or not ours or late():
                     continue
@@ -546,6 +602,57 @@ def _work(
                     on_cell(record)
                     bar.advance(note=f"{cell.label} {cell.recipe.bits}")
             _write_tables(output)
+
+
+def _missing(folder: Path, job: Sequence[Cell]) -> list[Cell]:
+    """The cells of a job that nobody has measured yet."""
+    return [cell for cell in job if not (folder / f"{cell.name}.json").exists()]
+
+
+def _work_on_cluster(
+    output: Path,
+    jobs: Sequence[Sequence[Cell]],
+    work: Callable[[Sequence[Cell]], Iterator[tuple[str, Record]]],
+    device: str,
+    on_cell: Callable[[Record], None],
+    progress: Progress,
+) -> None:
+    """The same by the machines of a cluster: this process holds the jobs, and writes down what comes."""
+    folder = output / _CELLS
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = [fit_key(job[0].recipe) for job in jobs]
+    with progress.stage("compare", total=sum(map(len, jobs))) as bar, hold_jobs(folder, keys) as ours:
+        todo = [missing for job, mine in zip(jobs, ours, strict=True) if mine and (missing := _missing(folder, job))]
+        bar.advance(sum(map(len, jobs)) - sum(map(len, todo)))
+        for index, result in on_cluster(work, todo, gpus=float(device == "cuda")):
+            if isinstance(result, Lost):
+                failed = _failed(_Failure(result.reason))
+                found = [(cell.name, _describe(cell) | failed) for cell in _missing(folder, todo[index])]
+            else:
+                found = [result]
+            for name, record in found:
+                if not (path := folder / f"{name}.json").exists():
+                    write_json(path, record)
+                    if path.name != _ORIGINAL:
+                        on_cell(record)
+                        bar.advance(note=f"{record['label']} {record['bits']}")
+            _write_tables(output)
+
+
+@lru_cache(maxsize=1)
+def _bench_there(setting: bytes, device: str) -> _Bench:
+    """The bench of a process on a cluster, for all of its jobs; `setting` is pickled since it has no hash."""
+    return _Bench.prepare(torch.device(device), Quiet(), *pickle.loads(setting))
+
+
+def _cells_there(setting: bytes, device: str, end: float, job: Sequence[Cell]) -> Iterator[tuple[str, Record]]:
+    """On a machine of a cluster: the records of the original and of a job's cells, each with the name of its file."""
+    if time.time() > end:
+        return
+    bench = _bench_there(setting, device)
+    yield Path(_ORIGINAL).stem, bench.original()
+    for cell, record in _cells(bench, job, lambda: time.time() > end):
+        yield cell.name, record
 
 
 def _write_tables(output: Path, *, page: bool = False) -> Record:

@@ -12,15 +12,21 @@ from contextlib import contextmanager
 
 import torch
 
+from spinfold.distributed import local_rank, world
 from spinfold.errors import SpinfoldError
 
-__all__ = ["pick_device", "pick_precision", "precision"]
+__all__ = ["pick_device", "pick_precision", "precision", "products"]
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N`. Raises `SpinfoldError` for a device that is not there."""
+    """`auto`, `cpu`, `cuda` or `cuda:N`. Raises `SpinfoldError` for a device that is not there.
+
+    Of several processes each has the GPU of its number.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world() > 1:
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -33,6 +39,8 @@ def pick_device(name: str) -> torch.device:
             f"This PyTorch sees {torch.cuda.device_count()} CUDA devices.",
             "Use --device cpu, or install a PyTorch with CUDA on a machine that has a GPU.",
         )
+    if device.type == "cuda" and world() > 1:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -50,10 +58,16 @@ def pick_precision(name: str, device: torch.device) -> str:
 @contextmanager
 def precision(name: str, device: torch.device) -> Iterator[None]:
     """Compute in `name` (see the module's table) inside the block."""
+    with products(name), torch.autocast(device.type, dtype=torch.bfloat16, enabled=name == "bf16"):
+        yield
+
+
+@contextmanager
+def products(name: str) -> Iterator[None]:
+    """Without the casts: for a backward pass, which has the dtypes of the forward pass."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = name != "fp32"
     try:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=name == "bf16"):
-            yield
+        yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before

@@ -20,16 +20,17 @@ Shapes: D residual width, V vocabulary, H heads, O out features, I in features.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from spinfold.maps import Diagonal, Identity, Map, SiteMaps
-from spinfold.networks import INPUT_WIRE, SKIP_WIRES, Network
+from spinfold.networks import INPUT_WIRE, SKIP_WIRES, Layer, Network
 from spinfold.runtime import OnlineMap, maps_around
 
-__all__ = ["fold", "fold_norms", "place_online"]
+__all__ = ["fold", "fold_layers", "fold_norms", "place_online"]
 
 
 def fold_norms(network: Network) -> None:
@@ -39,15 +40,20 @@ def fold_norms(network: Network) -> None:
     does a norm commute with a rotation: rms(x R) = rms(x). Nothing is centred, since RMSNorm subtracts no mean.
     """
     network.untie()
+    offset = network.family.gain_offset
     for layer in network.layers:
-        for norm, wire in ((layer.attention_norm, "qkv_input"), (layer.mlp_norm, "mlp_input")):
-            if isinstance(norm, nn.Module):
-                _move_gain(norm, [x.weight_OI for x in layer.foldable if INPUT_WIRE[x.role] == wire], network)
-    _move_gain(network.final_norm, [network.head.weight.data], network)
+        layer.change(partial(_fold_norms_of, offset=offset))
+    _move_gain(network.final_norm, [network.head.weight.data], offset)
 
 
-def _move_gain(norm: nn.Module, readers: Sequence[Tensor], network: Network) -> None:
-    offset, weight_D = network.family.gain_offset, cast(Tensor, norm.weight).data
+def _fold_norms_of(layer: Layer, offset: int) -> None:
+    for norm, wire in ((layer.attention_norm, "qkv_input"), (layer.mlp_norm, "mlp_input")):
+        if isinstance(norm, nn.Module):
+            _move_gain(norm, [x.weight_OI for x in layer.foldable if INPUT_WIRE[x.role] == wire], offset)
+
+
+def _move_gain(norm: nn.Module, readers: Sequence[Tensor], offset: int) -> None:
+    weight_D = cast(Tensor, norm.weight).data
     gain_D = weight_D.double() + offset
     for w_OD in readers:
         w_OD.copy_(w_OD.double() * gain_D)
@@ -72,16 +78,26 @@ def fold(network: Network, maps: SiteMaps) -> None:
         network.untie()
         _merge(network.embedding.weight.data.T, None, None, maps.residual_at(0))
         _merge(network.head.weight.data, None, maps.residual_at(last), None)
-    for layer in network.layers:
-        for linear in layer.foldable:
-            _merge(linear.weight_OI, linear.bias_O, *maps_around(layer, linear.role, maps))
-        for norm, scales in (
-            (layer.attention_norm, maps.at("qkv_input", layer.index)),
-            (layer.mlp_norm, maps.at("mlp_input", layer.index)),
-        ):
-            if isinstance(norm, nn.Module) and scales is not None:
-                _scale_gain(norm, scales, network.family.gain_offset)
+    fold_layers(network, maps)
     place_online(network, maps)
+
+
+def fold_layers(network: Network, maps: SiteMaps) -> None:
+    """What `fold` does to the layers' weights, and no more: for who looks at these alone."""
+    maps = maps.to(network.device, torch.float64)
+    for layer in network.layers:
+        layer.change(partial(_fold_layer, maps=maps, offset=network.family.gain_offset))
+
+
+def _fold_layer(layer: Layer, maps: SiteMaps, offset: int) -> None:
+    for linear in layer.foldable:
+        _merge(linear.weight_OI, linear.bias_O, *maps_around(layer, linear.role, maps))
+    for norm, scales in (
+        (layer.attention_norm, maps.at("qkv_input", layer.index)),
+        (layer.mlp_norm, maps.at("mlp_input", layer.index)),
+    ):
+        if isinstance(norm, nn.Module) and scales is not None:
+            _scale_gain(norm, scales, offset)
 
 
 def _scale_gain(norm: nn.Module, scales: Map, offset: int) -> None:

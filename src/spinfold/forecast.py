@@ -9,9 +9,12 @@ SmolLM2 on a CPU (docs/planning.md); what they predict there is compared with wh
 In bytes, with P parameters (head untied), D residual width, F MLP width, V words, held the tokens of the figures:
 
     network     4 P                                          the original; a second one from the fit on
+                8 V D + 4 P / L                              or this much, where layers stay in the checkpoint's files
+    fit         2 P                                          a copy in bf16, on a GPU, of a fit by back-propagation
     reference   4 (V + held) D                               what the original's head reads, and the head
     logits      4 V × tokens of a chunk                      2 such arrays for the original, 5 with a reference
-    Hessian     8 × the largest width², several copies        gptq
+    Hessian     8 × the largest width², several copies        all roundings but rtn and autoround
+    stream      4 D × calibration tokens                      likewise; two of them for gptaq and autoround
     graph       4 × tokens of a pass × L (5.5 D + 3.5 F)       fits by back-propagation; of one layer if checkpointed
 
 Shapes: L layers, T tokens of a window.
@@ -30,13 +33,23 @@ from typing import Any
 import torch
 
 from spinfold.compute import pick_precision
+from spinfold.distributed import local_world
 from spinfold.errors import Verdict
 from spinfold.methods import METHODS
 from spinfold.networks import family_of
 from spinfold.networks.sources import Checkpoint
 from spinfold.recipe import Recipe
+from spinfold.rounding import WIDTHS
 
-__all__ = ["Forecast", "Machine", "StageForecast", "forecast", "measure_machine", "unmeasured_machine"]
+__all__ = [
+    "Forecast",
+    "Machine",
+    "StageForecast",
+    "forecast",
+    "measure_machine",
+    "stays_in_files",
+    "unmeasured_machine",
+]
 
 PROCESS_BYTES, TOKENIZER_BYTES = 0.53e9, 0.28e9
 """Python with torch, transformers and a model class; what a tokenizer holds once it has read something."""
@@ -46,7 +59,9 @@ CUDA_BYTES = 2e9
 """On the host, for the GPU's libraries."""
 KEPT_GRAPH, KEPT_LOSS = 0.83, 0.38
 """The shares of a fit's memory that the C library does not give back on a CPU."""
-EVALUATION_CHUNK, LOSS_CHUNK, TOKENS_PER_PASS = 2048, 4096, 16384
+EVALUATION_CHUNK, LOSS_CHUNK, LOSS_BYTES, TOKENS_PER_PASS = 2048, 4096, 1 << 30, 16384
+HELD_SHARE, GRAPH_SHARE = 0.6, 0.6
+"""Of what is free: two networks may take so much, or layers stay in files; a graph, or activations are recomputed."""
 
 
 @dataclass(frozen=True)
@@ -144,9 +159,9 @@ def measure_machine(device: torch.device, compute: str = "auto") -> Machine:
 
 
 def unmeasured_machine(device: torch.device) -> Machine:
-    """The machine's room alone, for a look at memory: its rates are infinite."""
+    """The machine's room alone, for a look at memory: its rates are infinite. Of several processes each has a share."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    return Machine(device.type, inf, inf, inf, inf, _free_bytes(), free)
+    return Machine(device.type, inf, inf, inf, inf, _free_bytes() // local_world(), free)
 
 
 def _rate(work: Callable[[], object], amount: int, device: torch.device, seconds: float = 0.25) -> float:
@@ -232,11 +247,19 @@ def forecast(
 ) -> Forecast:
     """The stages of `spinfold.quantize` for a checkpoint whose headers alone have been read.
 
-    `text_tokens` is about the length of the calibration text; on `held_out_tokens` the figures are measured. Baselines,
-    and what a search of bits takes, are not counted; where a method that is fitted layer by layer has its own number of
+    `text_tokens` is about the length of the calibration text; on `held_out_tokens` the figures are measured. Baselines
+    and searches of clip ratios are not counted; where a method that is fitted layer by layer has its own number of
     steps, 300 are.
     """
-    return Forecast(machine, tuple(_Run(Sizes.of(checkpoint), recipe, machine, text_tokens, held_out_tokens).stages()))
+    in_files = stays_in_files(checkpoint, machine)
+    run = _Run(Sizes.of(checkpoint), recipe, machine, text_tokens, held_out_tokens, in_files)
+    return Forecast(machine, tuple(run.stages()))
+
+
+def stays_in_files(checkpoint: Checkpoint, machine: Machine) -> bool:
+    """Is the network too large to be held twice, as it is and rotated? Then a layer is read when it has its turn."""
+    free = machine.free_bytes if machine.free_device_bytes is None else machine.free_device_bytes
+    return 8.0 * Sizes.of(checkpoint).parameters > HELD_SHARE * free and checkpoint.can_stay_in_files
 
 
 @dataclass(frozen=True)
@@ -248,22 +271,28 @@ class _Run:
     machine: Machine
     text_tokens: int
     held_out_tokens: int
+    in_files: bool
 
     def stages(self) -> list[StageForecast]:
         n, window = self.sizes, self.recipe.calibration.seq_len
         held, seen = max(self.held_out_tokens, window), min(4 * window, self.held_out_tokens)
         network, chunk = 4.0 * n.parameters, 4.0 * n.words * min(held, EVALUATION_CHUNK)
         rotated = 2 * network + 4.0 * (n.words + held) * n.width
+        if self.in_files:
+            ends, layer = 8.0 * n.words * n.width, 4.0 * n.linears / n.layers
+            network, rotated = ends + layer, 2 * ends + layer + 4.0 * (n.words + 2 * held) * n.width
         fit = self._fit() + self._fold() + 2 * self._outliers(seen)
         stages = [
             self._stage("load model", 14 + network / 1e9, network, 0.1e9),
             self._stage("read text", 4 + 1.2e-5 * self._tokens_read(), network, 0),
             self._stage("evaluate original", self._forward(held) + self._head(held, 1), network, 2 * chunk),
-            self._stage("fit and fold", fit, rotated, max(40.0 * n.words * n.width, self._graph() + self._loss())),
+            self._stage("fit and fold", fit, rotated, max(40.0 * n.words * n.width, self._fit_bytes())),
         ]
         rotated += (KEPT_GRAPH * self._graph() + KEPT_LOSS * self._loss()) * (self.machine.device == "cpu")
         if self.recipe.weight_format is not None:
-            rotated += n.linears
+            rotated += 0 if self.in_files else n.linears
+            if self.recipe.budget is not None:
+                stages.append(self._stage("measure sensitivity", self._measure(), rotated, self._round_bytes()))
             name = f"round weights ({self.recipe.rounding.method})"
             stages.append(self._stage(name, self._round(), rotated, self._round_bytes()))
         quantized = 1.8 * self._forward(held) + self._head(held, 2)
@@ -332,16 +361,66 @@ class _Run:
         return steps * (6.0 * 3 * n.linears / n.layers * n.width / self.machine.products_fp32)
 
     def _round(self) -> float:
-        """The search of ranges; with a Hessian also its products, its factor, and the columns one after the other."""
-        n, calibration, machine = self.sizes, self.recipe.calibration, self.machine
-        search = self._passes(n.linears * (604.0 if self.recipe.clip_search else 25.0))
-        if self.recipe.rounding.method == "rtn":
-            return search
-        tokens, widths = float(calibration.samples * calibration.seq_len), 3 * n.width**2 + n.mlp_width**2
-        hessians = 2.0 * tokens * n.layers * widths / machine.products_fp32
-        factors = n.layers * (3 * n.width**3 + n.mlp_width**3) * 1.5 / machine.products_fp64
-        columns = self._passes(450.0 * n.linears) + 8.0 * n.linears * n.mlp_width / machine.products_fp32
-        return search + self._forward(tokens, share=2.2) + hessians + factors + columns
+        """The search of ranges; with a Hessian also its products, its factor, and the columns one after the other; for
+        a second stream its way through the network; learned, the steps through each layer."""
+        method, tokens = self.recipe.rounding.method, self._calibration_tokens()
+        if method == "autoround":
+            return self._search() + self._forward(2 * tokens) + self._learn()
+        if method == "rtn" and self.recipe.rounding.absorb is None:
+            return self._search()
+        again = 2 if method == "gptaq" else 1  # statistics, factors and nearest weights of two kinds
+        seconds = self._forward(tokens, share=2.2 * again + (again - 1)) + again * (self._hessians() + self._search())
+        if method != "rtn":
+            seconds += again * self._factors() + self._columns() * (1 + self._passes_over_columns())
+        if self.recipe.rounding.absorb is not None:
+            seconds += self._absorb()
+        return seconds
+
+    def _measure(self) -> float:
+        """The error of each linear at each width, by GPTQ or to nearest."""
+        search, tokens = self._search(), self._calibration_tokens()
+        columns = 0.0 if self.recipe.rounding.method == "rtn" else self._factors() + self._columns()
+        return self._forward(tokens, share=3.2) + self._hessians() + len(WIDTHS) * (search + columns)
+
+    def _calibration_tokens(self) -> float:
+        return float(self.recipe.calibration.samples * self.recipe.calibration.seq_len)
+
+    def _search(self) -> float:
+        """The ranges of all weights; elements with an exponent take half as long again as integers."""
+        slower = 1.0 if self.recipe.format == "int" else 1.5
+        return slower * self._passes(self.sizes.linears * (604.0 if self.recipe.clip_search else 25.0))
+
+    def _hessians(self) -> float:
+        n = self.sizes
+        widths = 3 * n.width**2 + n.mlp_width**2
+        return 2.0 * self._calibration_tokens() * n.layers * widths / self.machine.products_fp32
+
+    def _factors(self) -> float:
+        n = self.sizes
+        return n.layers * (3 * n.width**3 + n.mlp_width**3) * 1.5 / self.machine.products_fp64
+
+    def _columns(self) -> float:
+        """One after the other; and the errors' way to the columns behind a block, as long as in the widest."""
+        n = self.sizes
+        return self._passes(450.0 * n.linears) + 8.0 * n.linears * n.mlp_width / self.machine.products_fp32
+
+    def _passes_over_columns(self) -> int:
+        return self.recipe.rounding.passes if self.recipe.rounding.method == "ldlq" else 0
+
+    def _absorb(self) -> float:
+        """The eigenvectors of each Hessian, and three solves a row in as many directions as a quarter of the inputs."""
+        n = self.sizes
+        vectors = 25.0 * n.layers * (3 * n.width**3 + n.mlp_width**3)
+        down = n.layers * n.width * n.mlp_width
+        solves = 0.4 * ((n.linears - down) * n.width**2 + down * n.mlp_width**2)
+        return (vectors + solves) / self.machine.products_fp64 + self._search()
+
+    def _learn(self) -> float:
+        """Each step forwards, backwards, and over the weights; the error on all windows, twelve times."""
+        settings, calibration = self.recipe.rounding, self.recipe.calibration
+        tokens = float(min(settings.batch, calibration.samples) * calibration.seq_len)
+        steps = settings.steps * (3 * self._forward(tokens) + self._passes(75.0 * self.sizes.linears))
+        return steps + 12 * (self._forward(self._calibration_tokens()) + self._passes(25.0 * self.sizes.linears))
 
     # ---- bytes
 
@@ -355,15 +434,30 @@ class _Run:
         """What back-propagation through the decoder holds."""
         n, tokens = self.sizes, self._pass_tokens()
         per_layer = 4.0 * tokens * (5.5 * n.width + 3.5 * n.mlp_width)
-        return 4.0 * tokens * n.layers * n.width + per_layer if self.recipe.fit.checkpointing else n.layers * per_layer
+        again = n.layers * per_layer > GRAPH_SHARE * (self.machine.free_device_bytes or inf)
+        if again or self.in_files or self.recipe.fit.checkpointing:
+            return 4.0 * tokens * n.layers * n.width + per_layer
+        return n.layers * per_layer
+
+    def _fit_bytes(self) -> float:
+        """The graph, the logits, and on a GPU the copy in bf16 that is computed with."""
+        copy = 2.0 * self.sizes.parameters * (self._pass_tokens() > 0 and self.machine.device == "cuda")
+        return copy + self._graph() + self._loss()
 
     def _loss(self) -> float:
         """The logits of a chunk of tokens, and what a loss makes of them."""
-        return 5.75 * 4.0 * self.sizes.words * min(self._pass_tokens(), LOSS_CHUNK)
+        words = self.sizes.words
+        return 5.75 * 4.0 * words * min(self._pass_tokens(), LOSS_CHUNK, LOSS_BYTES // (4 * words))
 
     def _round_bytes(self) -> float:
-        """The streams of all calibration windows, and the Hessian with its factors; nothing if none is needed."""
-        n, calibration = self.sizes, self.recipe.calibration
-        if self.recipe.rounding.method == "rtn":
+        """The streams of all calibration windows, one or two, and the Hessian with its factors; nothing if none is
+        needed. Learned, the graph of a layer and, of its weights, offsets, gradients and copies."""
+        n, calibration, settings = self.sizes, self.recipe.calibration, self.recipe.rounding
+        if settings.method == "rtn" and settings.absorb is None and self.recipe.budget is None:
             return 0.0
-        return 4.0 * calibration.samples * calibration.seq_len * n.width + 8 * 8.0 * n.widest**2
+        stream, layer = 4.0 * self._calibration_tokens() * n.width, 4.0 * n.linears / n.layers
+        if settings.method == "autoround":
+            tokens = min(settings.batch, calibration.samples) * calibration.seq_len
+            return 2 * stream + 4.0 * tokens * (11 * n.width + 7 * n.mlp_width) + 12 * layer
+        second = stream + layer if settings.method == "gptaq" else 0.0
+        return stream + second + 8 * 8.0 * n.widest**2

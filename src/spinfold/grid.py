@@ -1,4 +1,4 @@
-"""What a comparison compares, as data: entries x bits x rounding x seeds, each combination a cell.
+"""What a comparison compares, as data: entries x formats x bits x rounding x seeds, each combination a cell.
 
 An entry is a partial recipe over a base. As one word, in `--methods` or in a plan:
 
@@ -6,14 +6,20 @@ An entry is a partial recipe over a base. As one word, in `--methods` or in a pl
     clipped=quarot:activations.clip=0.9            its label, and fields of the recipe that differ
     published=spinquant.yaml                       a recipe file, or else the preset of that name; only what it names
 
-As YAML, for `--plan` (an entry's own bits, rounding and seeds stand in for the plan's; `recipe` is what all share):
+As YAML, for `--plan` (an entry's own bits, formats, rounding and seeds stand in for the plan's, and a format's own bits
+too; `recipe` is what all share, a format what of a recipe makes it):
 
     recipe: {compute: bf16}
     bits: [W4A16, W4A4KV4]
     rounding: [gptq, rtn]
     seeds: [0, 1, 2]
+    formats:
+      INT4: {}
+      MXFP4: {format: mxfp4}
+      MXFP6: {format: mxfp6, bits: [W6A16]}
     entries:
     - quarot
+    - {label: block, source: block-hadamard, formats: [MXFP4]}
     - {label: layer-wise, source: spinfold, recipe: {fit: {steps: 0}}, bits: [W4A4KV4]}
 """
 
@@ -48,13 +54,15 @@ Roundings = tuple[RoundingMethod, ...]
 class Cell:
     """One measurement: the complete `recipe` of `label`, and what of it differs from the base.
 
-    `order` sorts the rows of a table: by bits, rounding and entry, in the order of the grid.
+    `order` sorts the rows of a table: by bits, format, rounding and entry, in the order of the grid. `format` is what
+    the grid calls the number format, if it has names for them.
     """
 
     label: str
     recipe: Recipe
     changes: Mapping[str, Any]
-    order: tuple[int, int, int]
+    order: tuple[int, ...]
+    format: str | None = None
 
     @property
     def rounding(self) -> str:
@@ -64,14 +72,30 @@ class Cell:
     @property
     def name(self) -> str:
         """A name for a file: readable, and the same exactly for the same label and recipe."""
-        whole = f"{self.label}\n{self.recipe.model_dump_json()}"
-        words = [self.label, self.recipe.bits, self.rounding, str(self.recipe.seed)]
-        readable = "-".join(re.sub(r"[^A-Za-z0-9.]+", "-", word)[:60] for word in words)
+        whole = f"{self.label}\n{self.recipe.identity()}"
+        words = [self.label, self.format, self.recipe.bits, self.rounding, str(self.recipe.seed)]
+        readable = "-".join(re.sub(r"[^A-Za-z0-9.]+", "-", word)[:60] for word in words if word)
         return f"{readable}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NumberFormat(_Strict):
+    """What of a recipe makes a number format, and its bits if they are not the plan's."""
+
+    recipe: dict[str, Any] = {}
+    bits: BitWidths | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_fields(cls, data: Any) -> Any:
+        """All fields but `bits` are the recipe's."""
+        if not isinstance(data, dict) or set(data) <= {"recipe", "bits"}:
+            return data
+        own = {key: value for key, value in data.items() if key != "bits"}
+        return {"recipe": own} | ({"bits": data["bits"]} if "bits" in data else {})
 
 
 class Entry(_Strict):
@@ -80,6 +104,7 @@ class Entry(_Strict):
     label: str
     recipe: dict[str, Any] = {}
     bits: BitWidths | None = None
+    formats: tuple[str, ...] | None = None
     rounding: Roundings | None = None
     seeds: tuple[int, ...] | None = None
 
@@ -107,6 +132,7 @@ class Grid(_Strict):
     """All that is compared; `recipe` is a partial recipe that all entries share."""
 
     recipe: dict[str, Any] = {}
+    formats: dict[str, NumberFormat] = {}
     entries: tuple[Entry, ...] = ()
     bits: BitWidths = ("W4A4KV4",)
     rounding: Roundings = ("gptq",)
@@ -119,6 +145,13 @@ class Grid(_Strict):
         if twice := [label for label in labels if labels.count(label) > 1]:
             raise ValueError(f"two entries are called {twice[0]!r}")
         return entries
+
+    @model_validator(mode="after")
+    def _formats_are_known(self) -> Self:
+        asked = chain.from_iterable(entry.formats or () for entry in self.entries)
+        if unknown := [name for name in asked if name not in self.formats]:
+            raise ValueError(f"no format is called {unknown[0]!r}: they are {', '.join(self.formats) or 'not named'}")
+        return self
 
     @classmethod
     def parse(cls, data: Any, origin: str = "comparison") -> Self:
@@ -148,17 +181,21 @@ class Grid(_Strict):
         return sorted(found.values(), key=lambda cell: cell.recipe.seed)  # stable: within a seed as listed
 
     def _all(self, base: Recipe) -> Iterator[Cell]:
-        every_bits = _distinct(self.bits, *(entry.bits or () for entry in self.entries))
+        own_bits = chain((x.bits or () for x in self.formats.values()), (x.bits or () for x in self.entries))
+        every_bits = _distinct(self.bits, *own_bits)
         every_rounding = _distinct(self.rounding, *(entry.rounding or () for entry in self.entries))
         for place, entry in enumerate(self.entries):
-            data = _merge(base.model_dump(mode="json"), entry.recipe)
-            roundings = entry.rounding or self.rounding
-            for bits, seed in product(entry.bits or self.bits, entry.seeds or self.seeds):
-                for rounding in roundings if Bits.parse(bits).weights != 16 else roundings[:1]:
-                    axes = {"bits": bits, "seed": seed, "rounding": {"method": rounding}}
-                    recipe = Recipe.parse(_merge(data, axes), f"recipe of {entry.label[:200]!r}")
-                    order = (every_bits.index(bits), every_rounding.index(rounding), place)
-                    yield Cell(entry.label, recipe, _changes(base, recipe), order)
+            for name in entry.formats or tuple(self.formats) or (None,):
+                format = NumberFormat() if name is None else self.formats[name]
+                data = _merge(_merge(base.model_dump(mode="json"), format.recipe), entry.recipe)
+                roundings = entry.rounding or self.rounding
+                for bits, seed in product(entry.bits or format.bits or self.bits, entry.seeds or self.seeds):
+                    for rounding in roundings if Bits.parse(bits).weights != 16 else roundings[:1]:
+                        axes = {"bits": bits, "seed": seed, "rounding": {"method": rounding}}
+                        recipe = Recipe.parse(_merge(data, axes), f"recipe of {entry.label[:200]!r}")
+                        in_order = () if name is None else (list(self.formats).index(name),)
+                        order = (every_bits.index(bits), *in_order, every_rounding.index(rounding), place)
+                        yield Cell(entry.label, recipe, _changes(base, recipe), order, name)
 
 
 def _parse(word: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from spinfold.errors import SpinfoldError
 from spinfold.evaluation import measure_quality
 from spinfold.evaluation.outliers import MEASURED_WIRES, Outliers, measure_outliers
 from spinfold.evaluation.spikes import Spikes, find_spikes
+from spinfold.forecast import stays_in_files, unmeasured_machine
 from spinfold.formats import ClipSearch
 from spinfold.maps import SiteMaps
 from spinfold.methods import METHODS
@@ -102,8 +103,14 @@ def inspect(
         plan.check_output(output)
     checkpoint = resolve(model)
     recipe = recipe.with_(method="quarot", calibration__seq_len=_WINDOW, calibration__samples=1)
-    recipe = recipe.with_(sites=_sites(checkpoint.config, bits))
+    recipe = recipe.with_(sites=_sites(checkpoint.config, recipe))
     plan.plan_run(checkpoint.config, recipe)
+    if stays_in_files(checkpoint, unmeasured_machine(place)):
+        raise SpinfoldError(
+            f"{checkpoint.name} is too large to inspect on this machine.",
+            "Its weights are rounded a part at a time, which needs all of them in memory, twice in fp32.",
+            "Use a machine with more memory; `quantize` needs far less.",
+        )
 
     subject = prepare(checkpoint, recipe, place, progress, held_out_tokens=tokens, max_tokens=6 * tokens)
     with progress.stage("find outliers"):
@@ -146,11 +153,12 @@ def inspect(
     return Inspection(data, Path(output))
 
 
-def _sites(config: Any, bits: Bits) -> tuple[str, ...]:
+def _sites(config: Any, recipe: Recipe) -> tuple[str, ...]:
     """The sites that can have a map in this model; query_key only where it stands before a quantizer."""
     family = family_of(config.model_type)
     sites = METHODS["quarot"].sites
-    return tuple(site for site in sites if family.supports(site) and (site != "query_key" or bits.kv < 16))
+    useful = {"query_key": recipe.keys_behind_rope}
+    return tuple(site for site in sites if family.supports(site) and useful.get(site, True))
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------
@@ -179,12 +187,12 @@ def _measure_places(
 
 def _by_bits(network: Network, ids_NT: Tensor, original_PV: Tensor, recipe: Recipe, place: Place) -> dict[int, float]:
     """KL at each number of bits, from few to many, until it is safe."""
-    index = ("weights", "activations", "cache").index(place.kind)
+    index = ("weights", "activations", "key", "value").index(place.wire if place.kind == "cache" else place.kind)
     asked = Bits.parse(recipe.bits)[index]
     choices = {asked} if recipe.float_format and place.kind != "cache" else {*BITS, asked}  # a float has one width
     kl: dict[int, float] = {}
     for bits in sorted(choices - {16}):
-        alone = Bits(*(bits if i == index else 16 for i in range(3)))
+        alone = Bits(*(bits if i == index else 16 for i in range(4)))
         with rounded_alone(network, recipe.with_(bits=str(alone)), place):
             logp_PV = _log_probabilities(network, ids_NT, recipe)
         kl[bits] = float(F.kl_div(logp_PV, original_PV, reduction="batchmean", log_target=True))
@@ -215,6 +223,13 @@ def rounded_alone(network: Network, recipe: Recipe, place: Place) -> Iterator[No
         finally:
             for w_OI, old_OI in zip(weights, before, strict=True):
                 w_OI.copy_(old_OI)
+        return
+    if place.kind == "cache":
+        take_off = quantize_wires(network, recipe)
+        try:
+            yield
+        finally:
+            take_off()
         return
     quantizers = {layer: quantized_wires(layer, recipe, SiteMaps())[place.wire][0] for layer in network.layers}
     for layer, format in quantizers.items():
@@ -276,11 +291,11 @@ def advise(
     if method == "spinfold":
         reason += " A learned rotation can take more of it away."
     basis = "rotated" if rotate else "plain"
-    asked = {"weights": bits.weights, "activations": bits.activations, "cache": bits.kv}
+    asked = {"weights": bits.weights, "activations": bits.activations, "key": bits.keys, "value": bits.values}
     unsafe = [
         {key: one[key] for key in ("kind", "wire", "roles") if key in one} | {"safe_bits": one[basis]["safe_bits"]}
         for one in places
-        if asked[one["kind"]] < (one[basis]["safe_bits"] or 16)
+        if asked[one["wire"] if one["kind"] == "cache" else one["kind"]] < (one[basis]["safe_bits"] or 16)
     ]
     return {"rotate": rotate, "method": method, "sites": list(sites) if rotate else [], "reason": reason} | {
         "options": f"{'--recipe' if method == 'spinfold' else '--method'} {method} --bits {bits}"

@@ -19,12 +19,14 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from spinfold import __version__, plan
 from spinfold.checkpoint import (
@@ -39,6 +41,7 @@ from spinfold.checkpoint import (
     save_model,
 )
 from spinfold.compute import pick_device, pick_precision
+from spinfold.distributed import alike, held_by_first, is_first, joined, on_first, world
 from spinfold.errors import CheckFailed, SpinfoldError, reading
 from spinfold.evaluation import (
     TOLERANCE,
@@ -60,11 +63,20 @@ from spinfold.fitting.clipping import CLIP_WINDOWS, search_clips
 from spinfold.fitting.end_to_end import FitLog
 from spinfold.fitting.text import load_text, tokenize, windows
 from spinfold.folding import fold, fold_norms
-from spinfold.forecast import Forecast, Machine, forecast, measure_machine, unmeasured_machine
+from spinfold.forecast import (
+    HELD_SHARE,
+    Forecast,
+    Machine,
+    forecast,
+    measure_machine,
+    stays_in_files,
+    unmeasured_machine,
+)
 from spinfold.formats import QuantizedWeight
-from spinfold.maps import SiteMaps, as_held
+from spinfold.maps import SiteMaps, as_held, orthogonality_gap
 from spinfold.methods import METHODS, FitTask
 from spinfold.networks import Network
+from spinfold.networks.safetensors_reader import SafetensorsFolder
 from spinfold.networks.sources import Checkpoint, resolve
 from spinfold.progress import Logged, Progress, Quiet
 from spinfold.recipe import Calibration, Recipe
@@ -168,7 +180,7 @@ def prepare(
     calibration = recipe.calibration
     with progress.stage("load model"):
         tokenizer = checkpoint.load_tokenizer()
-        network = Network(checkpoint.load_model(torch.float32, device), tokenizer, checkpoint.name)
+        network = _load(checkpoint, device, tokenizer)
         network.untie()
     with progress.stage("read text"):
         tokens_T = read_tokens(calibration.source, network, max_tokens)
@@ -186,6 +198,15 @@ def prepare(
     )
     assert reference is not None
     return Subject(network, checkpoint, tokens_T, held_NT, fingerprint, quality, reference)
+
+
+def _load(checkpoint: Checkpoint, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None) -> Network:
+    """In fp32; its layers stay in the files if it is too large."""
+    name = checkpoint.name
+    if stays_in_files(checkpoint, unmeasured_machine(device)):
+        assert isinstance(checkpoint.weights, SafetensorsFolder)
+        return Network(checkpoint.open_model(), tokenizer, name, store=checkpoint.weights, device=device)
+    return Network(checkpoint.load_model(torch.float32, device), tokenizer, name)
 
 
 def _split(tokens_T: Tensor, calibration: Calibration) -> tuple[Tensor, Tensor]:
@@ -212,11 +233,11 @@ class Rotated:
 
 
 def sites_of(recipe: Recipe) -> tuple[str, ...]:
-    """The sites that a run uses: the recipe's, or else the method's own; no query_key map without a quantized cache."""
+    """The sites that a run uses: the recipe's, or else the method's own; no query_key map without a quantizer there."""
     if recipe.sites is not None:
         return recipe.sites
     sites = METHODS[recipe.method].sites
-    return sites if recipe.kv_format else tuple(site for site in sites if site != "query_key")
+    return sites if recipe.keys_behind_rope else tuple(site for site in sites if site != "query_key")
 
 
 def rotate_network(
@@ -240,7 +261,7 @@ def rotate_network(
             asked = max(asked, len(ids_NT))
             return ids_NT
 
-        maps, log = METHODS[recipe.method].fit(FitTask(network, recipe, sites, draw, progress))
+        maps, log = alike(METHODS[recipe.method].fit(FitTask(network, recipe, sites, draw, progress)))
         log = replace(log, samples=log.samples or asked)
         maps.explain().require(f"The method {recipe.method} gave a map that can't be folded.")
     if recipe.online_dtype != "float32":
@@ -256,6 +277,7 @@ def rotate_network(
     return Rotated(network, maps, log or FitLog(), proof, time.perf_counter() - start)
 
 
+@joined()
 def quantize(
     model: str,
     output: str | Path,
@@ -271,18 +293,16 @@ def quantize(
 
     `model` is a Hugging Face folder or hub id, a GGUF file, or `smollm2`; `evaluate_on` names the text of the
     figures (else the held-out fifth of the calibration text); `baselines` names methods that are measured beside the
-    recipe's, with its other settings, and leave no more than their row in the table of figures. Raises
+    recipe's, with its other settings, and leave no more than their row in the table of figures. Under torchrun the
+    processes work together (`spinfold.distributed`), and the first one writes the folder. Raises
     `SpinfoldError` for what can't be done, before weights are loaded where that can be known, and `CheckFailed` if a
     proof does not hold.
     """
     recipe, progress, output = recipe or Recipe.load("spinfold"), progress or Quiet(), Path(output)
-    place = pick_device(device)
-    plan.check_output(output, resume)
+    place, folder = pick_device(device), RunFolder(output)
+    on_first(partial(_check_folder, folder, resume))
     checkpoint = resolve(model)
     plan.plan_run(checkpoint.config, recipe)
-    folder = RunFolder(output)
-    if folder.finished:
-        raise SpinfoldError(f"{output} holds a finished run.", "There is nothing to resume.", "Choose another folder.")
     for name in baselines:
         plan.plan_run(checkpoint.config, recipe.with_(method=name))
     texts = [load_text(source).text for source in (recipe.calibration.source, evaluate_on) if source is not None]
@@ -295,8 +315,8 @@ def quantize(
         "version of spinfold": __version__,
         "baselines": list(baselines),
     }
-    with folder.writing(key, resume=resume):
-        progress = Logged(progress, folder.log)
+    with held_by_first(folder.writing(key, resume=resume)):
+        progress = Logged(progress, folder.log) if is_first() else progress
         subject = prepare(checkpoint, recipe, place, progress, held_out=evaluate_on, max_tokens=_tokens_needed(recipe))
         rows = [row("original", subject.quality)]
         rows += [_baseline(subject, recipe.with_(method=name), progress) for name in baselines]
@@ -309,19 +329,32 @@ def quantize(
         rounded = _kept_rounding(folder, subject, rotated.network, recipe, progress)
         seconds = time.perf_counter() - start
         rows.append(_measure(subject, rotated.network, recipe, clips, progress, seconds, "quantized"))
-        with progress.stage("write checkpoint"):
-            write_whole(output / "recipe.yaml", lambda path: path.write_text(asked.to_yaml(), "utf-8"))
-            save_maps(output, rotated.maps)
-            save_clips(output, clips)
-            save_model(output / "model", rotated.network, rounded)
-            before.save(output / "outliers-before.npz")
-            after.save(output / "outliers-after.npz")
-        data = describe(subject, recipe, rotated, rounded, rows, place, progress, evaluate_on)
-        log = folder.log.read_bytes()
-        write_whole(output / "log.txt", lambda path: path.write_bytes(log))
-        write_json(output / "run.json", data)
-        write_report(output)
+
+        def write() -> dict[str, Any]:
+            with progress.stage("write checkpoint"):
+                write_whole(output / "recipe.yaml", lambda path: path.write_text(asked.to_yaml(), "utf-8"))
+                save_maps(output, rotated.maps)
+                save_clips(output, clips)
+                save_model(output / "model", rotated.network, rounded)
+                before.save(output / "outliers-before.npz")
+                after.save(output / "outliers-after.npz")
+            data = describe(subject, recipe, rotated, rounded, rows, place, progress, evaluate_on)
+            log = folder.log.read_bytes()
+            write_whole(output / "log.txt", lambda path: path.write_bytes(log))
+            write_json(output / "run.json", data)
+            write_report(output)
+            return data
+
+        data = on_first(write)
     return Run(output, data)
+
+
+def _check_folder(folder: RunFolder, resume: bool) -> None:
+    """May a run be written there? `SpinfoldError` if not."""
+    plan.check_output(folder.path, resume)
+    if folder.finished:
+        what = f"{folder.path} holds a finished run."
+        raise SpinfoldError(what, "There is nothing to resume.", "Choose another folder.")
 
 
 def predict(
@@ -404,15 +437,26 @@ def _tokens_needed(recipe: Recipe) -> int:
 def _kept_rotation(folder: RunFolder, subject: Subject, recipe: Recipe, progress: Progress) -> Rotated:
     """The rotated network, from maps that an earlier, stopped process has kept if there are any."""
     kept = folder.state / "fit"
-    if kept.is_dir():
-        with reading(kept):
-            data = read_json(kept / "log.json")
-            log = FitLog(tuple(map(float, data["losses"])), int(data["samples"]), dict(data["clips"]))
-            return rotate_network(subject, recipe, progress, maps=load_maps(kept), log=log)
+
+    def read() -> tuple[SiteMaps, FitLog] | None:
+        if not kept.is_dir():
+            return None
+        data = read_json(kept / "log.json")
+        log = FitLog(tuple(map(float, data["losses"])), int(data["samples"]), dict(data["clips"]))
+        return load_maps(kept), log
+
+    with reading(kept):
+        if found := on_first(read):
+            maps, log = found
+            return rotate_network(subject, recipe, progress, maps=maps, log=log)
     rotated = rotate_network(subject, recipe, progress)
-    with whole_folder(kept) as part:
-        save_maps(part, rotated.maps)
-        write_json(part / "log.json", asdict(rotated.log))
+
+    def keep() -> None:
+        with whole_folder(kept) as part:
+            save_maps(part, rotated.maps)
+            write_json(part / "log.json", asdict(rotated.log))
+
+    on_first(keep)
     return rotated
 
 
@@ -423,12 +467,12 @@ def _kept_allocation(
     if recipe.budget is None:
         return recipe
     kept = folder.state / "allocation.json"
-    if kept.is_file():
-        return Recipe.parse(read_json(kept))
+    if found := on_first(lambda: read_json(kept) if kept.is_file() else None):
+        return Recipe.parse(found)
     calibration = recipe.calibration
     ids_NT = subject.windows(calibration.seq_len, calibration.samples, recipe.seed)
     spent = meet_budget(network, recipe, ids_NT, progress=progress)
-    write_json(kept, spent.model_dump(mode="json"))
+    on_first(lambda: write_json(kept, spent.model_dump(mode="json")))
     return spent
 
 
@@ -438,17 +482,30 @@ def _kept_rounding(
     """All rounded linears, layer by layer, each layer kept as soon as it is done."""
     if recipe.weight_format is None:
         return []
-    done: list[list[RoundedLinear]] = []
-    while (path := folder.state / f"layer-{len(done):04}.safetensors").is_file():
-        tensors, metadata = load_tensors(path)
-        with reading(path):
-            done.append(_read_layer(tensors, metadata, recipe))
+
+    def file_of(layer: int) -> Path:
+        return folder.state / f"layer-{layer:04}.safetensors"
+
+    def read() -> list[list[RoundedLinear]]:
+        done: list[list[RoundedLinear]] = []
+        while (path := file_of(len(done))).is_file():
+            tensors, metadata = load_tensors(path)
+            with reading(path):
+                done.append(_read_layer(tensors, metadata, recipe))
+        return done
+
+    def keep(layer: list[RoundedLinear]) -> None:
+        save_tensors(file_of(layer[0].layer), rounded_tensors(layer), _layer_metadata(layer))
+
+    done = on_first(read)
     rounded = [one for layer in done for one in layer]
     calibration = recipe.calibration
     ids_NT = subject.windows(calibration.seq_len, calibration.samples, recipe.seed)
     for layer in round_network(network, recipe, ids_NT, done=done, progress=progress):
-        path = folder.state / f"layer-{layer[0].layer:04}.safetensors"
-        save_tensors(path, rounded_tensors(layer), _layer_metadata(layer))
+        on_first(partial(keep, layer))
+        if not network.resident:  # from the file it takes no memory
+            tensors, metadata = load_tensors(file_of(layer[0].layer))
+            layer[:] = _read_layer(tensors, metadata, recipe)
         rounded += layer
     return rounded
 
@@ -485,6 +542,8 @@ def describe(
     bits = sum(x.weight.bits_per_weight * x.weight.q_OI.numel() for x in rounded) / weights if weights else 16.0
     linear_weights = sum(linear.weight_OI.numel() for linear in network.linears)
     held_out = evaluate_on or f"last fifth of {calibration.source}"
+    gaps = _orthogonality(rotated.maps)
+    orthogonal = Proof("orthogonal: largest entry of |RRᵀ - I|", _worst(gaps.values()), 1e-6)
     return {
         "schema_version": 1,
         "spinfold": __version__,
@@ -501,6 +560,7 @@ def describe(
         "device": {
             "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
             "type": device.type,
+            "processes": world(),
             "threads": torch.get_num_threads(),
             "compute": pick_precision(recipe.compute, device),
             "torch": torch.__version__,
@@ -514,8 +574,13 @@ def describe(
             "seq_len": calibration.seq_len,
         },
         "stages": [asdict(record) for record in progress.records],
-        "proofs": [rotated.proof.to_dict(), _orthogonality(rotated.maps).to_dict()],
-        "fit": {"losses": list(rotated.log.losses), "samples": rotated.log.samples, "seconds": rotated.seconds},
+        "proofs": [rotated.proof.to_dict(), orthogonal.to_dict()],
+        "fit": {
+            "losses": list(rotated.log.losses),
+            "samples": rotated.log.samples,
+            "seconds": rotated.seconds,
+            "orthogonality": gaps,
+        },
         "rounding": [
             {
                 "layer": x.layer,
@@ -537,14 +602,22 @@ def describe(
     }
 
 
-def _orthogonality(maps: SiteMaps) -> Proof:
-    """The largest entry of |M M^T - I| over all maps that claim to be orthogonal."""
-    gap = 0.0
-    for one in (one for _, one in maps.each() if one.orthogonal):
-        matrix_NN = one.matrix()
-        eye_NN = torch.eye(one.size, dtype=matrix_NN.dtype, device=matrix_NN.device)
-        gap = max(gap, float((matrix_NN @ matrix_NN.T - eye_NN).abs().max()))
-    return Proof("orthogonal: largest entry of |RRᵀ - I|", gap, 1e-6)
+def _orthogonality(maps: SiteMaps) -> dict[str, float]:
+    """At each site the largest entry of |M^T M - I| over all maps there that claim to be orthogonal; NaN if one is."""
+    gap_of: dict[str, float] = {}  # a map without tensors is often the same in all layers
+    gaps: dict[str, list[float]] = {}
+    for name, one in maps.each():
+        if one.orthogonal:
+            key = name if one.tensors() else f"{type(one).__name__} {one.config()}"
+            if key not in gap_of:
+                gap_of[key] = orthogonality_gap(one.matrix().double())
+            gaps.setdefault(name.partition(".")[0], []).append(gap_of[key])
+    return {site: _worst(here) for site, here in gaps.items()}
+
+
+def _worst(gaps: Iterable[float]) -> float:
+    """The largest; NaN if there is one, which `max` may pass over."""
+    return float(torch.tensor([0.0, *gaps], dtype=torch.float64).max())
 
 
 def rotate(
@@ -637,12 +710,12 @@ def verify(
     cast = cast_tolerance(stored, second.config.num_hidden_layers) if tolerance is None else None
 
     tokenizer = first.load_tokenizer() if first.has_tokenizer else None
-    network = Network(first.load_model(torch.float32, place), tokenizer)
+    network = _load(first, place, tokenizer)
     ids_NT = _some_windows(network, text, min(_positions(first), _positions(second), max(tokens, 512)))
     fingerprint = take_fingerprint(network, ids_NT[:1, :tokens])
     before = measure_quality(network, ids_NT, compute="fp32")[0] if cast and tokenizer is not None else None
     del network
-    twin = Network(second.load_model(torch.float32, place))
+    twin = _load(second, place)
     proof = prove_same_function(twin, fingerprint, tolerance=tolerance or cast)
     remarks = [proof.detail] if proof.detail else []
     if tokenizer is None:
@@ -677,6 +750,7 @@ def _some_windows(network: Network, text: str | None, seq_len: int) -> Tensor:
     return windows(tokens_T, min(seq_len, max(2, len(tokens_T))))
 
 
+@joined()
 def evaluate(
     model: str | Path,
     *,
@@ -744,11 +818,13 @@ def open_network(
     with (progress or Quiet()).stage("load model"):
         if plan.is_run(path):
             plan.check_seq_len(run_config(path), seq_len)
-            return load_run(path, device)
+            machine = unmeasured_machine(device)
+            free = machine.free_bytes if machine.free_device_bytes is None else machine.free_device_bytes
+            return load_run(path, device, HELD_SHARE * free)
         checkpoint = resolve(str(model))
         plan.check_seq_len(checkpoint.config, seq_len)
         tokenizer = checkpoint.load_tokenizer()
-        return Network(checkpoint.load_model(torch.float32, device), tokenizer, checkpoint.name)
+        return _load(checkpoint, device, tokenizer)
 
 
 def methods() -> list[MethodInfo]:

@@ -41,6 +41,7 @@ def plan_run(config: Any, recipe: Recipe) -> None:
     _check_group_size(config, family, recipe)
     _check_mixed(config, family, recipe)
     check_seq_len(config, recipe.calibration.seq_len)
+    _check_cache(config, recipe)
     if method.needs_data and recipe.fit.seq_len is not None:
         check_seq_len(config, recipe.fit.seq_len)
 
@@ -141,7 +142,7 @@ def _objections(config: Any, family: Family, recipe: Recipe) -> Iterator[tuple[s
         yield f"Its elements have {own.bits} bits, and {format.element} has {format.bits}.", f"Choose {same}."
     if wrong := {asked.weights, asked.activations} - {own.bits, 16}:
         weights, activations = (16 if bits == 16 else own.bits for bits in asked[:2])
-        near = Bits(weights, activations, asked.kv)
+        near = asked._replace(weights=weights, activations=activations)
         yield f"Its numbers have {own.bits} bits, not {min(wrong)}.", f"Use --bits {near}, or --format int."
     if own.group_size and (recipe.group_size or recipe.activations.per_head):
         fix = "Leave --group-size and activations.per_head out."
@@ -178,6 +179,26 @@ def _inputs(config: Any, family: Family) -> dict[str, set[int]]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     own = {"o": {config.num_attention_heads * head_dim}, "down": family.mlp_widths(config)}
     return {role: own.get(role, {config.hidden_size}) for role in family.linears}
+
+
+def _check_cache(config: Any, recipe: Recipe) -> None:
+    """Keys before RoPE need a RoPE that can be turned back and no map behind it; some token must be quantized."""
+    cache, what = recipe.kv_format, "The KV cache can't be had as the recipe asks."
+    if cache is None:
+        return
+    if cache.before_rope:
+        if "query_key" in (recipe.sites or ()):
+            why = "The map at the site query_key stands behind RoPE, and kv.before_rope quantizes keys before it."
+            raise SpinfoldError(what, why, "Leave the site query_key out, or kv.before_rope.")
+        given = getattr(config, "rope_parameters", None) or {}
+        kinds = {one.get("rope_type", "default") for one in (given, *given.values()) if isinstance(one, dict)}
+        if changing := sorted(kinds & {"dynamic", "longrope"}):
+            why = f"This model's RoPE ({changing[0]}) turns a key otherwise when the text gets longer."
+            raise SpinfoldError(what, why, "Leave kv.before_rope out.")
+    seq_len, first = recipe.calibration.seq_len, cache.sink + cache.residual + cache.group
+    if first > seq_len:
+        why = f"It quantizes the first token when it holds {first}, and windows have {seq_len}: nothing would be."
+        raise SpinfoldError(what, why, "Use a smaller kv.sink, kv.residual or group, or a longer --seq-len.")
 
 
 def _check_mixed(config: Any, family: Family, recipe: Recipe) -> None:

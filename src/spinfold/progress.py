@@ -13,6 +13,7 @@ All of them record every finished stage. Stages may nest.
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -29,7 +30,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, Time
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-__all__ = ["Bar", "Live", "Logged", "Plain", "Progress", "Quiet", "StageRecord", "for_terminal"]
+__all__ = ["Bar", "Live", "Logged", "Plain", "Progress", "Quiet", "StageRecord", "for_terminal", "launched"]
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,16 @@ class Logged(Progress):
                 file.write(line)
 
 
+def launched() -> tuple[int, int]:
+    """The number of this process among those that torchrun has started, and how many they are; imports nothing."""
+    alone = "RANK" not in os.environ
+    return (0, 1) if alone else (int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", 1)))
+
+
 def for_terminal(stream: TextIO | None = None) -> Progress:
-    """`Live` where `stream` (standard error by default) is a terminal, else `Plain`."""
+    """`Live` where `stream` (standard error by default) is a terminal, else `Plain`; of several processes one shows."""
+    if launched()[0] > 0:
+        return Quiet()
     stream = stream or sys.stderr
     console = Console(file=stream)
     return Live(console) if console.is_terminal and not console.is_dumb_terminal else Plain(stream)

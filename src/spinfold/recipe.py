@@ -23,13 +23,18 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from spinfold.errors import SpinfoldError
-from spinfold.formats import FLOAT_FORMATS, ClipSearch, FloatFormat, Format, IntFormat
+from spinfold.formats import FLOAT_FORMATS, CacheFormat, ClipSearch, FloatFormat, Format, IntFormat
 from spinfold.formats.microscaling import Scale
 
 __all__ = ["Bits", "Override", "Recipe", "RoundingMethod", "parse_yaml", "presets", "read_yaml"]
 
 SCHEMA_VERSION: Final = 1
 _MAX_BYTES = 1 << 20
+_LATER: Final = {
+    "kv": ("key_group", "value_group", "before_rope", "sink", "residual"),
+    "rounding": ("static_groups",),
+}
+"""Fields that recipes did not always have."""
 Site = Literal["residual", "value", "query_key", "down"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 RoundingMethod = Literal["rtn", "gptq", "gptaq", "ldlq", "autoround"]
@@ -37,27 +42,34 @@ Clip = Annotated[float, Field(gt=0, le=1)] | Literal["searched", "learned"]
 
 
 class Bits(NamedTuple):
-    """Bit widths in the papers' notation W-A-KV; 16 means: left in floating point."""
+    """Bit widths in the papers' notation W-A-KV, or W-A-K-V; 16 means: left in floating point."""
 
     weights: int
     activations: int
-    kv: int
+    keys: int
+    values: int
 
     @classmethod
     def parse(cls, text: str) -> Bits:
-        """`W4A4KV4`, `W4A16` (KV 16 understood). Raises `SpinfoldError` on anything else."""
-        match = re.fullmatch(r"[Ww](\d{1,2})[Aa](\d{1,2})(?:[Kk][Vv](\d{1,2}))?", text.strip())
-        bits = cls(int(match[1]), int(match[2]), int(match[3] or 16)) if match else None
+        """`W4A4KV4`, `W4A4K4V2`, `W4A16` (KV 16 understood). Raises `SpinfoldError` on anything else."""
+        match = re.fullmatch(r"W(\d{1,2})A(\d{1,2})(?:KV(\d{1,2})|K(\d{1,2})V(\d{1,2}))?", text.strip().upper())
+        bits = cls(int(match[1]), int(match[2]), *(int(match[i] or match[3] or 16) for i in (4, 5))) if match else None
         if bits is None or any(b not in (2, 3, 4, 5, 6, 7, 8, 16) for b in bits):
             raise SpinfoldError(
                 f"Bits {text!r} can't be used.",
                 "Weights, activations and KV cache each take 2 to 8 bits, or 16 for floating point.",
-                "Write W<bits>A<bits>KV<bits>, for example W4A4KV4, W4A8KV16 or W4A16.",
+                "Write W<bits>A<bits>KV<bits>, for example W4A4KV4, W4A8KV16, W4A16 or W4A4K4V2.",
             )
         return bits
 
+    @property
+    def kv(self) -> int:
+        """The fewer bits of keys and values: 16 if the whole cache is left in floating point."""
+        return min(self.keys, self.values)
+
     def __str__(self) -> str:
-        return f"W{self.weights}A{self.activations}KV{self.kv}"
+        cache = f"KV{self.keys}" if self.keys == self.values else f"K{self.keys}V{self.values}"
+        return f"W{self.weights}A{self.activations}{cache}"
 
 
 class _Section(BaseModel):
@@ -90,10 +102,20 @@ class Activations(_Section):
 
 
 class KVCache(_Section):
-    """Keys (after RoPE and the query_key map) and values, per token and head; `clip` as for activations."""
+    """Keys and values: which numbers share a grid, and which tokens stay in floating point (see `formats.cache`).
+
+    A head of a token has one grid, or, with `key_group` or `value_group`, each channel of as many successive tokens.
+    Keys are quantized behind RoPE and the query_key map, or `before_rope` and without that map. The first `sink` and
+    the last `residual` tokens are not quantized. `clip` is as for activations.
+    """
 
     symmetric: bool = False
     clip: Clip = 1.0
+    key_group: int | None = Field(None, ge=2, le=4096)
+    value_group: int | None = Field(None, ge=2, le=4096)
+    before_rope: bool = False
+    sink: int = Field(0, ge=0, le=65536)
+    residual: int = Field(0, ge=0, le=65536)
 
 
 class Floats(_Section):
@@ -108,15 +130,18 @@ class Floats(_Section):
 class Rounding(_Section):
     """How weights get onto the grid.
 
-    `damp`, `act_order` and `block_size` are GPTQ's. `gptaq` aims by a share `alpha` at the unrounded output.
-    `ldlq` goes over the columns `passes` times more. `autoround` takes `steps` signed steps a layer on `batch` windows,
-    the first of size `learning_rate` (None: 1 / steps). `absorb` is OSAQ's share of the input energy, such as 1e-4:
-    before it is rounded each row is flattened along the directions that hold no more than it; None leaves it as it is.
+    `damp`, `act_order`, `static_groups` and `block_size` are GPTQ's and GPTAQ's. Without `static_groups` each group's
+    grid is found anew when its first column is reached, and `act_order` takes groups as a whole. `gptaq` aims by a
+    share `alpha` at the unrounded output. `ldlq` goes over the columns `passes` times more. `autoround` takes `steps`
+    signed steps a layer on `batch` windows, the first of size `learning_rate` (None: 1 / steps). `absorb` is OSAQ's
+    share of the input energy, such as 1e-4: before it is rounded each row is flattened along the directions that hold
+    no more than it; None leaves it as it is.
     """
 
     method: RoundingMethod = "gptq"
     damp: float = Field(0.01, gt=0, le=1)
     act_order: bool = True
+    static_groups: bool = True
     block_size: int = Field(128, ge=1, le=4096)
     alpha: float = Field(0.25, ge=0, le=1)
     passes: int = Field(0, ge=0, le=1000)
@@ -287,10 +312,21 @@ class Recipe(_Section):
         return replace(whole, group_size=head_dim) if whole and self.activations.per_head else whole
 
     @property
-    def kv_format(self) -> IntFormat | None:
-        """The grid of each head's key and value; None at 16 bits."""
-        bits = Bits.parse(self.bits).kv
-        return None if bits == 16 else IntFormat(bits, self.kv.symmetric, clip=_ratio(self.kv.clip))
+    def kv_format(self) -> CacheFormat | None:
+        """What of the cache is quantized, and how; None at 16 bits."""
+        kv, bits, clip = self.kv, Bits.parse(self.bits), _ratio(self.kv.clip)
+        key, value = (
+            None if width == 16 else IntFormat(width, kv.symmetric, group, clip)
+            for width, group in ((bits.keys, kv.key_group), (bits.values, kv.value_group))
+        )
+        before_rope = kv.before_rope and key is not None
+        return CacheFormat(key, value, before_rope, kv.sink, kv.residual) if key or value else None
+
+    @property
+    def keys_behind_rope(self) -> bool:
+        """Are keys quantized where a query_key map stands?"""
+        cache = self.kv_format
+        return cache is not None and cache.key is not None and not cache.before_rope
 
     def clip_of(self, wire: str) -> float | str:
         """How the clip ratio of this wire is chosen."""
@@ -354,6 +390,20 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         """The complete recipe, defaults written out, such that `Recipe.load` gives it back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def identity(self) -> str:
+        """The whole choice as one line of JSON, such that a recipe keeps it when recipes get another field.
+
+        It leaves out those of `_LATER` that have their default.
+        """
+        defaults = {section: type(getattr(self, section))() for section in _LATER}
+        absent = {
+            section: {
+                name for name in names if getattr(getattr(self, section), name) == getattr(defaults[section], name)
+            }
+            for section, names in _LATER.items()
+        }
+        return self.model_dump_json(exclude=absent)
 
     def fingerprint(self, *sections: str) -> str:
         """A short hash of the named fields (of all, if none is named)."""

@@ -26,7 +26,7 @@ from task_items import write_items
 import spinfold
 from spinfold import comparison, pipeline
 from spinfold.cli import main
-from spinfold.comparison import ROTATION_READS, ROUNDING_READS, compare, fit_key, hold_job, online_cost
+from spinfold.comparison import ROTATION_READS, ROUNDING_READS, compare, fit_key, hold_jobs, online_cost
 from spinfold.errors import CheckFailed, SpinfoldError
 from spinfold.evaluation import take_fingerprint
 from spinfold.fitting.layerwise import LayerwiseSettings
@@ -110,6 +110,53 @@ def test_cells_are_the_product_seed_by_seed_as_listed() -> None:
     ]
     assert found == product
     assert len({cell.name for cell in cells}) == len(cells)
+
+
+FORMATS: dict[str, Any] = {
+    "formats": {
+        "INT4": {},
+        "groups": {"group_size": 8, "weights": {"scale_dtype": "float16"}},
+        "MXFP4": {"format": "mxfp4"},
+        "MXFP6": {"format": "mxfp6", "bits": ["W6A16"]},
+    },
+    "entries": ["none", {"label": "block", "source": "block-hadamard", "formats": ["MXFP4", "INT4"]}],
+    "bits": ["W4A4", "W4A16"],
+    "rounding": ["rtn"],
+}
+
+
+def test_formats_are_an_axis_with_names_and_bits_of_their_own() -> None:
+    cells = grid_of(FORMATS)
+    found = [(c.label, c.format, c.recipe.bits, c.recipe.format, c.recipe.group_size) for c in cells]
+    four = ("W4A4KV16", "W4A16KV16")
+    assert found == [
+        *(("none", "INT4", bits, "int", None) for bits in four),
+        *(("none", "groups", bits, "int", 8) for bits in four),
+        *(("none", "MXFP4", bits, "mxfp4", None) for bits in four),
+        ("none", "MXFP6", "W6A16KV16", "mxfp6", None),
+        *(("block", "MXFP4", bits, "mxfp4", None) for bits in four),
+        *(("block", "INT4", bits, "int", None) for bits in four),
+    ]
+    assert len({cell.name for cell in cells}) == len(cells)
+    by_row = sorted(cells, key=lambda cell: cell.order)
+    assert [(c.format, c.label) for c in by_row if c.recipe.bits == four[0]] == [
+        ("INT4", "none"), ("INT4", "block"), ("groups", "none"), ("MXFP4", "none"), ("MXFP4", "block"),
+    ]  # fmt: skip
+    with pytest.raises(SpinfoldError, match="no format is called 'FP4'"):
+        grid_of(FORMATS | {"entries": [{"label": "a", "source": "none", "formats": ["FP4"]}]})
+
+
+def test_a_cell_keeps_its_name_when_recipes_get_another_field() -> None:
+    (cell,) = grid_of({"entries": ["quarot"]})
+    assert cell.format is None
+    identity = json.loads(cell.recipe.identity())
+    assert set(identity["rounding"]) == {
+        *("method", "damp", "act_order", "block_size", "alpha", "passes"),
+        *("steps", "batch", "learning_rate", "absorb"),
+    }
+    assert set(identity["kv"]) == {"symmetric", "clip"}
+    (other,) = grid_of({"entries": ["quarot:rounding.static_groups=false"]})
+    assert json.loads(other.recipe.identity())["rounding"]["static_groups"] is False
 
 
 def test_there_is_nothing_to_round_in_16_bits() -> None:
@@ -315,7 +362,7 @@ def test_a_job_has_one_owner_until_it_dies(model: Path, text: Path, tmp_path: Pa
     (other, _) = grid.cells(tiny_run.recipe(text, compute="fp32"))
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:  # it computes nothing, so it may be forked from a process with threads
-        with hold_job(output / "cells", fit_key(other.recipe)) as ours:
+        with hold_jobs(output / "cells", [fit_key(other.recipe)]) as (ours,):
             os.write(writer, bytes([ours]))
             signal.pause()
     try:
@@ -547,3 +594,21 @@ def test_tasks_are_those_of_evaluate(model: Path, text: Path, tmp_path: Path) ->
     with pytest.raises(SpinfoldError, match="no task 'pika'"):
         run(model, tmp_path / "typo", text, {"entries": ["quarot"]}, tasks=["pika"], task_data=folder)
     assert not (tmp_path / "typo").exists()
+
+
+def test_a_table_of_formats_has_bits_per_weight_and_what_a_layer_takes(model: Path, text: Path, tmp_path: Path) -> None:
+    found = run(model, tmp_path / "out", text, FORMATS | {"entries": ["none"]})
+    rows = {(row["format"], row["bits"]): row for row in found.data["rows"]}
+    widths = [rows[name, "W4A4KV16"]["bits_per_weight"] for name in ("INT4", "groups", "MXFP4")]
+    assert widths[1:] == [6.0, 4.25] and 4 < widths[0] < 5
+    assert rows["MXFP6", "W6A16KV16"]["bits_per_weight"] == 6.25
+    layers = zoo.FAMILIES["llama"]().config.num_hidden_layers
+    for row in rows.values():
+        if row["name"] != "original":
+            assert 0 < layers * row["rounding_layer_seconds"] <= row["rounding_seconds"]
+    header = (found.path / "table.md").read_text().splitlines()[0]
+    assert all(word in header for word in ("format", "bits per weight", "round a layer"))
+    page = (found.path / "index.html").read_text()
+    assert "MXFP4, W4A4KV16, rtn" in page
+    untouched = run(model, tmp_path / "whole", text, {"entries": ["none"], "bits": ["W16A4"]}).data["rows"][-1]
+    assert untouched["bits_per_weight"] == 16 and untouched["rounding_layer_seconds"] is None

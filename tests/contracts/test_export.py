@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import zoo
+from gguf_run import make_run
 from safetensors import safe_open
 from tiny_run import quantize, recipe, tiny_model, tree
 from torch import Tensor
@@ -27,11 +29,12 @@ from spinfold.export import check as checks
 from spinfold.export import shards
 from spinfold.export.compressed_tensors import read_integers
 from spinfold.export.contents import Contents
-from spinfold.export.targets import BOUNDS, TARGETS, Facts, choose
+from spinfold.export.targets import BOUNDS, TARGETS, Facts, choose, facts_of
 from spinfold.fitting.end_to_end import FitLog
 from spinfold.formats import QuantizedWeight
 from spinfold.maps import BlockDiagonal, SiteMaps, random_orthogonal
 from spinfold.methods import METHODS
+from spinfold.networks.family import FAMILIES
 
 SYMMETRIC = {"activations__symmetric": True}
 PLAIN, ONLINE = ["residual", "value"], ["residual", "value", "down"]
@@ -48,6 +51,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "W4A8 channel": ("smollm", {"bits": "W4A8"} | SYMMETRIC),
     "W4A8 group": ("llama_head_dim", {"bits": "W4A8", "group_size": 32} | SYMMETRIC),
     "W8A8 value only": ("gemma2", {"bits": "W8A8", "sites": ["value"]} | SYMMETRIC),
+    "W8A16 value only": ("gemma3", {"bits": "W8A16", "sites": ["value"]}),
+    "W4A16 value only": ("olmo2", {"bits": "W4A16", "sites": ["value"], "group_size": 32}),
     "W8A8 online Hadamard": ("llama", {"bits": "W8A8", "sites": ONLINE, "online_dtype": "bfloat16"} | SYMMETRIC),
 }
 IDS_NT = torch.randint(3, 128, (4, 128), generator=torch.Generator().manual_seed(0))
@@ -110,6 +115,20 @@ def test_a_run_comes_back_from_transformers(name: str, run_of: Callable[[str], P
     first = next(iter(integers))
     integers[first] = integers[first].roll(1, 1)
     assert not checks.prove_integers(contents, integers, "compressed-tensors").ok
+
+
+def test_every_family_without_experts_is_tried() -> None:
+    tried = {zoo.FAMILIES[family].args[0] for family, _ in RUNS.values()}
+    assert tried == {name for one in FAMILIES if not one.experts for name in one.model_types}
+
+
+@pytest.mark.parametrize("name", ["W8A8 value only", "W8A8"])
+def test_a_head_that_is_the_embedding_is_stored_once(name: str, run_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """As in a Gemma, whose head in vLLM is always its embedding; a map or a gain makes the head another matrix."""
+    folder = write(run_of(name), tmp_path / "out")
+    tied = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert tied == ("lm_head.weight" not in file.keys()) == (name == "W8A8 value only")  # noqa: SIM118
 
 
 @pytest.mark.parametrize("name", ["W4A16 asymmetric group", "W8A16 channel", "W4A16 group, float16"])
@@ -425,6 +444,7 @@ def facts(
         ("compressed-tensors", facts(bits="W4A16KV4"), "KV cache of 16 bits, not 4", "--bits W4A16KV16"),
         ("compressed-tensors", facts(bits="W8A8", weights__symmetric=False), "grids are symmetric", "symmetric: true"),
         ("compressed-tensors", facts(bits="W8A8", group_size=32), "groups of a row", "no --group-size"),
+        ("compressed-tensors", facts(bits="W4A8", online=("down",), **SYMMETRIC), "at down", "--sites residual,value"),
         ("compressed-tensors", facts(online=("query_key",)), "online op at query_key", "--sites residual,value"),
         ("compressed-tensors", facts(online=("skip",)), "online op at skip", "one residual basis"),
         ("compressed-tensors", facts(online=("down",), down_bias=True), "", "--sites residual,value"),
@@ -446,6 +466,27 @@ def test_what_does_not_run_there_is_refused(target: str, run: Facts, why: str, f
     with pytest.raises(SpinfoldError) as error:
         choose(target, run)
     assert why in error.value.why and fix in error.value.fix
+
+
+@pytest.mark.parametrize("target", ["compressed-tensors", "gguf"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe_mixed"])
+def test_experts_are_for_the_plugin(family: str, target: str, tmp_path: Path) -> None:
+    """Which has tests of its own for them."""
+    run = facts_of(make_run(tmp_path / "run", zoo.EXPERTS[family](), bits="W4A16", group_size=16))
+    assert choose("transformers", run)
+    with pytest.raises(SpinfoldError) as error:
+        choose(target, run)
+    assert "layers with experts" in error.value.why and "Or export to transformers" in error.value.fix
+
+
+@pytest.mark.parametrize("family", [one.name for one in FAMILIES])
+def test_llama_cpp_has_a_family_or_refuses_it_by_name(family: str) -> None:
+    run = facts(family, group_size=32)
+    if family in ("llama", "granite", "qwen2", "qwen3", "phi3"):
+        assert choose("gguf", run)
+        return
+    with pytest.raises(SpinfoldError, match=f"not {family}"):
+        choose("gguf", run)
 
 
 @pytest.mark.parametrize("group_size", [None, 32, 64])

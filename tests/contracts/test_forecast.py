@@ -102,6 +102,34 @@ def test_checkpointing_trades_time_for_memory(checkpoint: Checkpoint) -> None:
     assert fits[0].peak_bytes > fits[1].peak_bytes
 
 
+def test_a_rounding_takes_what_it_does_more(checkpoint: Checkpoint) -> None:
+    def rounding(**changes: Any) -> Any:
+        stages = predicted(checkpoint, method="quarot", **changes).stages
+        return next(stage for stage in stages if stage.name.startswith("round weights"))
+
+    order = [
+        rounding(rounding__method="rtn"),
+        rounding(),
+        rounding(rounding__method="ldlq", rounding__passes=2),
+        rounding(rounding__method="ldlq", rounding__passes=4),
+    ]
+    assert [stage.seconds for stage in order] == sorted(stage.seconds for stage in order)
+    assert rounding(rounding__method="ldlq").seconds == rounding().seconds
+    assert rounding(rounding__method="gptaq").seconds > 1.5 * rounding().seconds
+    assert rounding(rounding__method="gptaq").peak_bytes > rounding().peak_bytes > order[0].peak_bytes
+    assert rounding(rounding__absorb=1e-4).seconds > rounding().seconds
+    assert rounding(format="mxfp4").seconds > rounding().seconds
+    few, many = (rounding(rounding__method="autoround", rounding__steps=steps).seconds for steps in (100, 200))
+    assert 1.5 * few < many < 2 * few
+
+
+def test_a_budget_is_measured_at_seven_widths(checkpoint: Checkpoint) -> None:
+    plain, budget = predicted(checkpoint, bits="W4A16"), predicted(checkpoint, bits="W4A16", budget=4.5)
+    more = [stage for stage in budget.stages if stage.name not in {one.name for one in plain.stages}]
+    assert [stage.name for stage in more] == ["measure sensitivity"]
+    assert more[0].seconds > next(x.seconds for x in plain.stages if x.name.startswith("round"))
+
+
 def test_on_a_gpu_the_network_is_there_and_not_here(checkpoint: Checkpoint) -> None:
     here, there = predicted(checkpoint), predicted(checkpoint, CUDA)
     assert here.peak_device_bytes is None
@@ -150,10 +178,12 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_stages_are_those_of_a_run(model: Path, text: Path, tmp_path: Path) -> None:
-    run = tiny_run.quantize(model, tmp_path / "out", text, method="quarot")
+@pytest.mark.parametrize("changes", [{}, {"budget": 5.0, "bits": "W4A16"}], ids=["bits", "budget"])
+def test_the_stages_are_those_of_a_run(model: Path, text: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    run = tiny_run.quantize(model, tmp_path / "out", text, method="quarot", **changes)
     seen = {stage["name"] for stage in run.data["stages"]}
-    told = [stage.name for stage in spinfold.predict(str(model), tmp_path / "new", recipe(text), device="cpu").stages]
+    asked = recipe(text, method="quarot", **changes)
+    told = [stage.name for stage in spinfold.predict(str(model), tmp_path / "new", asked, device="cpu").stages]
     assert seen == set(told) - {"fit and fold"}
     assert [name for name in told if name in seen] == [stage["name"] for stage in run.data["stages"]]
     log = (run.path / "log.txt").read_text("utf-8").splitlines()

@@ -18,7 +18,7 @@ import spinfold
 ROOT = Path(spinfold.__file__).parent
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "progress", "compute", "kernels"),
+    ("errors", "progress", "distributed", "cluster", "compute", "kernels"),
     ("formats", "maps", "networks"),
     ("recipe",),
     ("runtime",),

@@ -104,7 +104,9 @@ def test_a_place_is_rounded_alone_and_given_back(family: str, place: Place) -> N
     before = network(ids_NT)
     errors = []
     for bits in (3, 6):
-        alone = [bits if place.kind == kind else 16 for kind in ("weights", "activations", "cache")]
+        alone = [
+            bits if kind in (place.kind, place.wire) else 16 for kind in ("weights", "activations", "key", "value")
+        ]
         with rounded_alone(network, Recipe().with_(bits=str(Bits(*alone))), place):
             errors.append(float((network(ids_NT) - before).norm()))
         assert torch.equal(network(ids_NT), before)
@@ -117,7 +119,7 @@ def test_a_place_is_rounded_alone_and_given_back(family: str, place: Place) -> N
 @given(KL, KL)
 def test_a_rotation_is_advised_exactly_where_it_takes_something_away(plain: float, rotated: float) -> None:
     whole = {"plain": {"kl": plain}, "rotated": {"kl": rotated}}
-    advice = advise(Bits(4, 4, 4), SITES, whole, [])
+    advice = advise(Bits(4, 4, 4, 4), SITES, whole, [])
     assert advice["rotate"] is (plain > SAFE_KL and rotated <= WORTH * plain)
     assert (advice["method"] == "none") is not advice["rotate"]
     assert bool(advice["sites"]) is ("--sites residual,down" in advice["options"]) is advice["rotate"]
@@ -125,7 +127,7 @@ def test_a_rotation_is_advised_exactly_where_it_takes_something_away(plain: floa
 
 def test_what_is_not_a_number_is_no_reason_to_rotate() -> None:
     whole = {"plain": {"kl": 1.0}, "rotated": {"kl": float("nan")}}
-    assert not advise(Bits(4, 4, 4), SITES, whole, [])["rotate"]
+    assert not advise(Bits(4, 4, 4, 4), SITES, whole, [])["rotate"]
 
 
 # ---- whole inspections -----------------------------------------------------------------------------------------
@@ -144,7 +146,7 @@ def test_every_place_is_measured_both_ways(found: tuple[dict[str, Any], Path]) -
             assert kl[min(kl)] > kl[max(kl)] > 0
             assert place[basis]["safe_bits"] == safe_bits(kl)
             assert max(kl) == 8 or kl[max(kl)] <= SAFE_KL
-    assert data["advice"] == json.loads(json.dumps(advise(Bits(4, 4, 4), data["advice"]["sites"] or
+    assert data["advice"] == json.loads(json.dumps(advise(Bits(4, 4, 4, 4), data["advice"]["sites"] or
         data["recipe"]["sites"], data["whole"], data["places"])))  # fmt: skip
 
 

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zoo
 from safetensors.torch import load_file
 from tiny_run import TEXT, contents, quantize, recipe, tiny_model, tree
 
 import spinfold
+from spinfold import pipeline
 from spinfold.checkpoint import load_maps
 from spinfold.errors import SpinfoldError
+from spinfold.maps import Hadamard, Orthogonal, SiteMaps
 from spinfold.recipe import Bits, Recipe
 
 BITS = ("W4A16", "W4A4KV4", "W16A4KV4")
@@ -48,6 +51,8 @@ def test_a_run_holds_what_it_says(
     learned_sites = {"none": (), "quarot": ("residual", "value", "query_key", "down")}
     sites = learned_sites.get(method, learned_sites["quarot"])
     assert maps.sites == tuple(site for site in sites if site != "query_key" or Bits.parse(bits).kv < 16)
+    assert set(run.data["fit"]["orthogonality"]) == set(maps.sites)
+    assert all(gap < 1e-6 for gap in run.data["fit"]["orthogonality"].values())
     assert len(run.data["fit"]["losses"]) == (2 if method == "spinquant" else 0)
 
     stored = load_file(run.path / "model" / "model.safetensors")
@@ -212,3 +217,9 @@ def test_tensors_of_another_run_are_refused(model: Path, text: Path, tmp_path: P
     tensors = "model/model.safetensors"
     (first.path / tensors).write_bytes((second.path / tensors).read_bytes())
     refused(lambda: spinfold.evaluate(first.path, text=str(text), seq_len=32), match="not this run's model")
+
+
+def test_a_map_that_is_not_a_number_is_not_orthogonal() -> None:
+    sound, broken = Orthogonal(torch.eye(4)), Orthogonal(torch.full((4, 4), math.nan))
+    gaps = pipeline._orthogonality(SiteMaps(value=(sound, broken, sound), down=(Hadamard(8),)))
+    assert math.isnan(gaps["value"]) and gaps["down"] < 1e-15

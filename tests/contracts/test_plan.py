@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from spinfold.errors import SpinfoldError
 from spinfold.methods import METHODS
 from spinfold.networks import FAMILIES, SITES, Family
+from spinfold.pipeline import sites_of
 from spinfold.plan import check_output, check_seq_len, plan_run
 from spinfold.recipe import Recipe
 
@@ -20,7 +22,7 @@ SUBSETS = [subset for size in range(1, 5) for subset in combinations(SITES, size
 RECIPE = Recipe().with_(method="quarot", calibration__seq_len=64)
 
 
-def config(model_type: str = "llama", **changes: int) -> SimpleNamespace:
+def config(model_type: str = "llama", **changes: Any) -> SimpleNamespace:
     sizes = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 4, "head_dim": 24}
     return SimpleNamespace(model_type=model_type, **sizes | {"max_position_embeddings": 256} | changes)
 
@@ -60,6 +62,33 @@ def test_a_group_size_must_divide_every_input(size: int, hidden: int, head_dim: 
 def test_groups_of_unrounded_weights_are_refused() -> None:
     with pytest.raises(SpinfoldError, match="16 bits"):
         plan_run(config(), RECIPE.with_(bits="W16A4", group_size=32))
+
+
+CACHES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "a map behind RoPE": ({"sites": ("value", "query_key"), "kv__before_rope": True}, {}, "query_key"),
+    "RoPE that changes": (
+        {"kv__before_rope": True},
+        {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": {}}},
+        "dynamic",
+    ),
+    "nothing quantized": ({"kv__sink": 4, "kv__residual": 32, "kv__key_group": 32}, {}, "68"),
+}
+
+
+@pytest.mark.parametrize("case", CACHES)
+def test_a_cache_that_can_not_be_had(case: str) -> None:
+    changes, model, said = CACHES[case]
+    with pytest.raises(SpinfoldError, match=said) as caught:
+        plan_run(config(**model), RECIPE.with_(**changes))
+    assert "KV cache" in caught.value.what
+    plan_run(config(**model), RECIPE.with_(**changes | {"bits": "W4A4KV16"}))
+
+
+def test_before_rope_leaves_the_map_behind_it_out() -> None:
+    recipe = RECIPE.with_(kv__before_rope=True)
+    plan_run(config(), recipe)
+    assert "query_key" not in sites_of(recipe)
+    assert "query_key" in sites_of(recipe.with_(kv__before_rope=False))
 
 
 def test_the_length_of_a_fits_windows_counts_too() -> None:

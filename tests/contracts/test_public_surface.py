@@ -27,8 +27,8 @@ VERBS = {
     "verify": "original other --text --json",
     "evaluate": "model --text --seq-len --max-tokens --tasks --task-data --limit --json",
     "export": "run --to --output -o --check --text --device --list",
-    "compare": "model --output -o --methods --plan --bits --rounding --seeds --text --second-text --max-tokens "
-    "--calibration --recipe --device --shard --seconds --merge --resume --quiet",
+    "compare": "model --output -o --methods --plan --bits --rounding --seeds --text --second-text --max-tokens --tasks "
+    "--task-data --calibration --recipe --device --shard --seconds --merge --ray --resume --quiet",
     "report": "run",
     "methods": "--json",
 }
@@ -66,8 +66,8 @@ SIGNATURES = {
     "evaluate": "model text seq_len max_tokens reference tasks task_data limit device compute progress",
     "export": "run target output check device text progress",
     "targets": "",
-    "compare": "model output grid recipe text second_text max_tokens device shard seconds merge resume on_cell "
-    "progress",
+    "compare": "model output grid recipe text second_text max_tokens tasks task_data device shard seconds merge ray "
+    "resume on_cell progress",
     "report": "run",
     "methods": "",
 }

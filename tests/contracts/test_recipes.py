@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spinfold.errors import SpinfoldError
+from spinfold.formats import CacheFormat, IntFormat
 from spinfold.methods import METHODS
 from spinfold.recipe import Bits, Recipe, RoundingMethod, presets
 
 BITS = st.sampled_from([2, 3, 4, 5, 6, 7, 8, 16])
 RECIPES = st.builds(
     lambda bits, **fields: Recipe().with_(bits=str(Bits(*bits)), **fields),
-    st.tuples(BITS, BITS, BITS),
+    st.tuples(BITS, BITS, BITS, BITS),
     method=st.sampled_from(sorted(METHODS)),
     sites=st.lists(st.sampled_from(["residual", "value", "query_key", "down"])).map(tuple),
     group_size=st.none() | st.integers(1, 4096),
@@ -93,6 +94,8 @@ REFUSED = {
     "one bit": ({"bits": "W1A4"}, "W1A4"),
     "site": ({"sites": ["residual", "elbow"]}, "elbow"),
     "newer": ({"schema_version": 2}, "newer spinfold"),
+    "half a cache": ({"bits": "W4A4K4"}, "W4A4K4"),
+    "group of one token": ({"kv": {"key_group": 1}}, "kv.key_group"),
     "zero length": ({"calibration": {"seq_len": 0}}, "calibration.seq_len"),
     "zero group": ({"group_size": 0}, "group_size"),
     "clip": ({"activations": {"clip": 1.5}}, "activations.clip"),
@@ -132,6 +135,29 @@ def test_a_misspelt_preset_is_answered_with_the_nearest() -> None:
         Recipe.load("spinquand")
 
 
-@given(st.tuples(BITS, BITS, BITS))
-def test_bits_notation_round_trips(bits: tuple[int, int, int]) -> None:
+@given(st.tuples(BITS, BITS, BITS, BITS))
+def test_bits_notation_round_trips(bits: tuple[int, int, int, int]) -> None:
     assert Bits.parse(str(Bits(*bits))) == bits
+
+
+@pytest.mark.parametrize(
+    ("text", "bits", "written"),
+    [
+        ("w4a8", (4, 8, 16, 16), "W4A8KV16"),
+        ("W4A4K4V2", (4, 4, 4, 2), "W4A4K4V2"),
+        ("W16A16k16v2", (16, 16, 16, 2), "W16A16K16V2"),
+        ("W4A4K3V3", (4, 4, 3, 3), "W4A4KV3"),
+    ],
+)
+def test_keys_and_values_can_have_bits_of_their_own(text: str, bits: tuple[int, ...], written: str) -> None:
+    assert (Bits.parse(text), str(Bits.parse(text))) == (bits, written)
+
+
+def test_the_cache_format_is_what_the_recipe_says() -> None:
+    kv = {"key_group": 32, "before_rope": True, "sink": 4, "residual": 128, "symmetric": True, "clip": 0.9}
+    key, value = IntFormat(4, True, 32, 0.9), IntFormat(2, True, None, 0.9)
+    assert Recipe.parse({"bits": "W4A4K4V2", "kv": kv}).kv_format == CacheFormat(key, value, True, 4, 128)
+    only_values = Recipe.parse({"bits": "W4A4K16V2", "kv": kv}).kv_format
+    assert only_values == CacheFormat(None, value, False, 4, 128)
+    assert Recipe.parse({"bits": "W4A4", "kv": kv}).kv_format is None
+    assert Recipe.parse({"bits": "W4A4KV4"}).kv_format.by_token  # type: ignore[union-attr]

@@ -48,9 +48,9 @@ RUN: dict[str, Any] = {
     ],
     "fit": {"losses": [4.0, 3.5, 3.25, 3.0], "seconds": 71.25, "orthogonality": {"residual": 1e-15, "value": 0.0}},
     "rounding": [
-        {"layer": layer, "role": role, "error": 10.0**-2, "nearest_error": 10.0**-1.5, "bits_per_weight": 4.1}
+        {"layer": layer, "role": role, "error": error, "nearest_error": 10.0**-1.5, "bits_per_weight": 4.1}
         for layer in range(3)
-        for role in ("q", "down")
+        for role, error in (("q", 1e-2), ("k", 1e-2), ("down", 1e-3))
     ],
     "sizes": {"original_bytes": 2_000_000, "quantized_bytes": 500_000, "bits_per_weight": 4.1},
     "metrics": {
@@ -242,8 +242,51 @@ def test_rounding_in_decibels_with_nearest_beside_it(page: Page) -> None:
     panels = [f for f in page.figures if f["layout"].get("yaxis", {}).get("title", {}).get("text") == "error, dB"]
     assert [[trace["name"] for trace in panel["data"]] for panel in panels] == [["nearest", "GPTQ"]] * 2
     assert panels[0]["data"][0]["y"] == [-15.0] * 3
-    assert panels[0]["data"][1]["y"] == [-20.0] * 3
-    assert "5.0 dB better than nearest" in page.text
+    assert [panel["data"][1]["y"] for panel in panels] == [[-20.0] * 3, [-30.0] * 3]
+    assert "8.3 dB better than nearest" in page.text
+    assert {"q, k", "down"} <= set(page.lines), "linears that were rounded as one share a panel"
+
+
+def test_the_error_of_experts_is_their_mean() -> None:
+    run = copy.deepcopy(RUN)
+    run["rounding"] = [{"layer": 0, "role": "up", "error": error, "nearest_error": None} for error in (0.02, 0.18)]
+    (panel,) = (
+        f
+        for f in Page(build_report(run)).figures
+        if f["layout"].get("yaxis", {}).get("title", {}).get("text") == "error, dB"
+    )
+    assert [trace["y"] for trace in panel["data"]] == [[-10.0]]
+
+
+@pytest.mark.parametrize(
+    ("rounding", "name", "words"),
+    [
+        ({"method": "gptq"}, "GPTQ", "Squared error of the output"),
+        ({"method": "ldlq", "absorb": 1e-4}, "OSAQ, LDLQ", "Squared error of the output"),
+        ({"method": "rtn", "absorb": 1e-4}, "OSAQ, nearest", "Squared error of the output"),
+        ({"method": "gptaq"}, "GPTAQ", "what GPTAQ aims at"),
+        ({"method": "autoround"}, "AUTOROUND", "a whole layer's output"),
+    ],
+)
+def test_the_caption_says_what_the_error_is_of(rounding: dict[str, Any], name: str, words: str) -> None:
+    run = copy.deepcopy(RUN)
+    run["recipe"]["rounding"] |= rounding
+    page = Page(build_report(run))
+    assert words in page.text
+    assert f"{name} is 8.3 dB better than nearest on average." in page.text
+
+
+def test_the_first_screen_says_how_it_runs_and_whether_that_was_proved() -> None:
+    run = copy.deepcopy(RUN)
+    assert "not exported yet" in Page(build_report(run)).text
+    run["exports"] = {"gguf": {"files": {"tiny.gguf": "0"}}}
+    assert "not exported yet" in Page(build_report(run)).text, "an export that was not checked proves nothing"
+    run["proofs"].append(
+        {"statement": "gguf: relative change of perplexity", "measured": 0, "tolerance": 0.1, "ok": True}
+    )
+    page = Page(build_report(run))
+    assert "not exported yet" not in page.text
+    assert "llama-cli -m CHECKPOINT/tiny.gguf" in page.lines
 
 
 def test_the_fit_and_the_costs(page: Page) -> None:

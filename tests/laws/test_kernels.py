@@ -6,45 +6,59 @@ if Triton is installed.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
+from on_device import (
+    DEVICE,
+    NARROW,
+    compiles_instead_of_running,
+    direct,
+    elsewhere,
+    passes_in_the_interpreter,
+    random,
+)
 from torch import Tensor
 
-from spinfold.formats import FLOAT_FORMATS, FloatFormat, IntFormat
+from spinfold.formats import FLOAT_FORMATS, FloatFormat, IntFormat, fit_grid
 from spinfold.formats.activation import _on_blocks, _on_grid, _range_gradient
-from spinfold.formats.integer import scale_and_zero
-from spinfold.rounding import gptq
-from spinfold.rounding.gptq import round_block
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-NARROW = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter truncates to bf16 where devices round
-direct = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs CUDA, or runs in the interpreter")
+from spinfold.rounding import gptq, ldlq
+from spinfold.rounding.columns import round_block, round_block_by_kernel
 
 
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels are tested directly")
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@elsewhere
 def test_the_kernels_agree_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-4000:]
+    passes_in_the_interpreter(__file__)
+
+
+@elsewhere
+def test_the_kernels_compile_for_a_gpu_that_is_not_here(monkeypatch):
+    from spinfold.kernels.fake_quant import fake_quant, fake_quant_gradient
+
+    compiled = compiles_instead_of_running(monkeypatch)
+    x, clip = torch.zeros(8, 4096, dtype=torch.bfloat16), torch.ones(())
+    for symmetric, width, ratio in ((True, 4096, 0.9), (False, 4096, clip), (True, 32, 0.9)):
+        fake_quant(x, ratio, width, -8, 7, symmetric)
+    fake_quant_gradient(x, x, 0.9, 4096, 0, 15, False)
+    for name in ("mxfp4", "nvfp4", "amxfp4", "fp8"):
+        fmt = FLOAT_FORMATS[name]
+        _on_blocks(x, 0.9, replace(fmt, outer=fmt.outer and "row"))
+    _on_blocks(x, clip, FLOAT_FORMATS["nvfp4"])
+    w_BO = torch.zeros(16, 64)
+    for fmt, second_BO in (
+        *((IntFormat(4, True), None), (IntFormat(3, False), w_BO)),
+        *((FLOAT_FORMATS["mxfp4"], None), (FLOAT_FORMATS["amxfp4"], w_BO)),
+    ):
+        round_block_by_kernel(w_BO, w_BO, w_BO, second_BO, fmt, w_BO)
+    assert len(compiled) == 13
+    assert all("ld.global.v4" in ptx for ptx in compiled)  # numbers are read four at a time
 
 
 def bits(x: Tensor) -> Tensor:
     """The bit pattern, with every NaN as one pattern: -0 differs from 0, NaN equals NaN."""
     integer = {2: torch.int16, 4: torch.int32}[x.element_size()]
     return x.contiguous().view(integer).masked_fill(x.isnan(), -1)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 @direct
@@ -64,8 +78,10 @@ def test_fake_quantization(symmetric, num_bits, shape, group_size, dtype, clip):
         rows[1, 3], rows[2, 5] = float("nan"), float("inf")
     x = x.to(dtype)
     ratio = torch.tensor(clip, device=DEVICE)
-    y = fake_quant(x, ratio, fmt.group_of(shape[-1]), fmt.low, fmt.high, fmt.symmetric)
-    assert torch.equal(bits(y), bits(_on_grid(x, ratio, fmt)))
+    expected = bits(_on_grid(x, ratio, fmt))
+    for same in (ratio, float(ratio)):
+        y = fake_quant(x, same, fmt.group_of(shape[-1]), fmt.low, fmt.high, fmt.symmetric)
+        assert torch.equal(bits(y), expected)
 
 
 @direct
@@ -91,7 +107,9 @@ def test_fake_quantization_of_floats(fmt, dtype, clip):
         x[7, 3], x[8, 50] = float("nan"), float("inf")
     x = x.to(dtype).view(3, 3, 96)
     ratio = torch.tensor(clip, device=DEVICE)
-    assert torch.equal(bits(_on_blocks(x, ratio, fmt)), bits(_on_grid(x, ratio, fmt)))
+    expected = bits(_on_grid(x, ratio, fmt))
+    assert torch.equal(bits(_on_blocks(x, ratio, fmt)), expected)
+    assert torch.equal(bits(_on_blocks(x, float(ratio), fmt)), expected)
 
 
 @direct
@@ -108,31 +126,39 @@ def test_the_gradients_of_fake_quantization(fmt):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@direct
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(
-    ("num_columns", "num_outputs"), [(1, 5), (7, 33), (32, 40)] + [(128, 576)] * (DEVICE == "cuda")
-)
-def test_gptq_block(symmetric, num_columns, num_outputs):
-    from spinfold.kernels.gptq_block import gptq_block
+GRIDS = [
+    *(IntFormat(bits, symmetric, 4) for bits in (2, 4) for symmetric in (True, False)),
+    *(replace(fmt, group_size=4) for fmt in FLOAT_FORMATS.values()),
+    replace(FLOAT_FORMATS["nvfp4"], group_size=4, outer="row"),
+    replace(FLOAT_FORMATS["amxfp4"], group_size=4, scale="real"),
+]
 
-    fmt = IntFormat(4, symmetric)
+
+@direct
+@pytest.mark.parametrize("fmt", GRIDS, ids=str)
+@pytest.mark.parametrize("based", [False, True])
+@pytest.mark.parametrize(("num_columns", "num_outputs"), [(4, 5), (16, 33)] + [(128, 576)] * (DEVICE == "cuda"))
+def test_a_block_of_columns(fmt, based, num_columns, num_outputs):
     w_BO = random(num_columns, num_outputs)
+    w_BO[:, 0] = 0  # a scale of zero
     u_BB = random(num_columns, num_columns, seed=1).mul_(0.2).triu_()
     u_BB.diagonal().copy_(random(num_columns, seed=2).abs() + 0.5)
-    low_BO, high_BO = w_BO - w_BO.abs() - 1, w_BO + w_BO.abs() + 1  # a grid for each column, as with groups
-    scale_BO, zero_BO = scale_and_zero(low_BO.clamp(max=0), high_BO.clamp(min=0), fmt)
+    grid = fit_grid(w_BO.T, fmt)
+    scale_BO, second_BO = (
+        None if t is None else t.T.float().repeat_interleave(4, 0).contiguous() for t in (grid.scale_OG, grid.second_OG)
+    )
+    base_BO = random(num_columns, num_outputs, seed=3) if based else None
     defined_BO, computed_BO = w_BO.clone(), w_BO.clone()
-    error_BO = round_block(defined_BO, u_BB, scale_BO, zero_BO, fmt)
-    computed_error_BO = gptq_block(computed_BO, u_BB, scale_BO, zero_BO, fmt.low, fmt.high)
+    error_BO = round_block(defined_BO, u_BB, scale_BO, second_BO, fmt, base_BO)
+    computed_error_BO = round_block_by_kernel(computed_BO, u_BB, scale_BO, second_BO, fmt, base_BO)
     # Where the definition's addr fuses multiply and add, one row in thousands may round a near-tie the other way.
-    same_O = (computed_BO == defined_BO).all(0)
+    same_O = (bits(computed_BO) == bits(defined_BO)).all(0)
     assert same_O.float().mean() > (0.99 if DEVICE == "cuda" else 0.999)
     torch.testing.assert_close(computed_error_BO[:, same_O], error_BO[:, same_O], rtol=0, atol=2e-5)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA")
-@pytest.mark.parametrize("fmt", [IntFormat(4, True), IntFormat(3, False, 64)], ids=str)
+@pytest.mark.parametrize("fmt", [IntFormat(4, True), IntFormat(3, False, 64), *FLOAT_FORMATS.values()], ids=str)
 @pytest.mark.parametrize("act_order", [True, False])
 def test_gptq_on_the_device_is_gptq_on_the_cpu(fmt, act_order):
     w_OI, x_TI = random(300, 576), random(2000, 576, seed=1) @ random(576, 576, seed=2)
@@ -140,5 +166,17 @@ def test_gptq_on_the_device_is_gptq_on_the_cpu(fmt, act_order):
     rounded, report = gptq(w_OI, h_II, fmt, act_order=act_order)
     on_cpu, report_on_cpu = gptq(w_OI.cpu(), h_II.cpu(), fmt, act_order=act_order)
     assert (rounded.q_OI.cpu() == on_cpu.q_OI).float().mean() > 0.98
+    assert report.error == pytest.approx(report_on_cpu.error, rel=1e-2)
+    assert report.error < report.nearest_error
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA")
+@pytest.mark.parametrize("fmt", [IntFormat(3, True), *FLOAT_FORMATS.values()], ids=str)
+def test_ldlq_on_the_device_is_ldlq_on_the_cpu(fmt):
+    w_OI, x_TI = random(300, 576), random(2000, 576, seed=1) @ random(576, 576, seed=2)
+    h_II = x_TI.double().T @ x_TI.double()
+    rounded, report = ldlq(w_OI, h_II, fmt, passes=2)
+    on_cpu, report_on_cpu = ldlq(w_OI.cpu(), h_II.cpu(), fmt, passes=2)
+    assert (rounded.q_OI.cpu() == on_cpu.q_OI).float().mean() > 0.95
     assert report.error == pytest.approx(report_on_cpu.error, rel=1e-2)
     assert report.error < report.nearest_error

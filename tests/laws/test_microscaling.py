@@ -17,10 +17,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spinfold.errors import SpinfoldError
-from spinfold.formats import FLOAT_FORMATS, ClipSearch, FloatFormat, QuantizedWeight, fake_quantize, fit_grid
+from spinfold.formats import (
+    FLOAT_FORMATS,
+    ClipSearch,
+    FloatFormat,
+    IntFormat,
+    QuantizedWeight,
+    fake_quantize,
+    fit_grid,
+)
 from spinfold.formats.base import extent
 from spinfold.formats.microscaling import ELEMENTS, Element
-from spinfold.rounding import gptq
+from spinfold.rounding import gptq, round_nearest
 
 MX = [
     replace(FLOAT_FORMATS[name], element=element, scale=rule)
@@ -269,6 +277,16 @@ def test_clip_search_finds_what_brute_force_finds(fmt):
     torch.testing.assert_close(loss(found.dequantize(found.quantize(w_OI))), best, rtol=1e-3, atol=1e-12)
 
 
+@pytest.mark.parametrize("fmt", [*FLOAT_FORMATS.values(), IntFormat(3, True, 8), IntFormat(3, False)], ids=str)
+def test_clip_factors_may_be_tried_all_at_once(fmt):
+    w_OGg = fmt.split(numbers()[8:24])
+    low_OG1, high_OG1 = extent(w_OGg)
+    whole_OG1 = fmt.whole_of(low_OG1, high_OG1)
+    rows = [None if t is None else t.flatten(0, 1) for t in (w_OGg, low_OG1, high_OG1, whole_OG1)]
+    first, *others = (ClipSearch(steps=12).best(*rows, fmt, torch.float32, n) for n in (1, 5, 12))
+    assert all(torch.equal(first, other) for other in others)
+
+
 @some
 @pytest.mark.parametrize("act_order", [True, False])
 def test_gptq_keeps_the_blocks_scales_and_beats_rounding_to_nearest(fmt, act_order):
@@ -284,12 +302,19 @@ def test_gptq_keeps_the_blocks_scales_and_beats_rounding_to_nearest(fmt, act_ord
     torch.testing.assert_close(values, rounded.dequantize(), rtol=1e-6, atol=0)
 
 
-def test_gptq_refits_blocks_but_not_under_a_common_scale():
-    w_OI, h_II = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), torch.eye(64)
-    refitted, _ = gptq(w_OI, h_II, MX[0], act_order=False, static_groups=False)
-    assert torch.equal(refitted.dequantize(), fake_quantize(w_OI, MX[0]))  # nothing is coupled
-    with pytest.raises(SpinfoldError, match="in common"):
-        gptq(w_OI, h_II, NV[0], act_order=False, static_groups=False)
+@some
+@pytest.mark.parametrize("act_order", [True, False])
+def test_gptq_refits_blocks_under_the_scale_that_they_have_in_common(fmt, act_order):
+    w_OI, x_TI = (torch.randn(n, 64, generator=torch.Generator().manual_seed(0)) for n in (96, 400))
+    alone, _ = gptq(w_OI, torch.eye(64), fmt, act_order=act_order, static_groups=False)
+    assert torch.equal(alone.dequantize(), round_nearest(w_OI, fmt).dequantize())  # nothing is coupled
+    mixed_II = x_TI @ torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    rounded, report = gptq(w_OI, mixed_II.T @ mixed_II, fmt, act_order=act_order, static_groups=False)
+    fixed = fit_grid(w_OI, fmt)
+    assert (rounded.scale_OG.float() != fixed.scale_OG.float()).any() == (fmt.group_of(64) < 64)
+    if fmt.outer:
+        assert torch.equal(rounded.second_OG, fixed.second_OG)
+    assert report.error < 0.9 * report.nearest_error
 
 
 def test_bits_per_number_count_the_scales():

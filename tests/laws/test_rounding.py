@@ -17,7 +17,7 @@ from spinfold.rounding import ROUNDINGS, HessianAccumulator, gptq, round_nearest
 SETTINGS = [
     (IntFormat(bits, symmetric, group_size), act_order, static)
     for bits, symmetric, group_size in itertools.product((2, 4), (True, False), (None, 8))
-    for act_order, static in ((True, True), (False, True), (False, False))
+    for act_order, static in ((True, True), (False, True), (False, False), (True, False))
 ]
 settings = pytest.mark.parametrize(
     ("fmt", "act_order", "static_groups"),
@@ -91,6 +91,18 @@ def test_act_order_is_a_permutation_done_inside(symmetric):
     other_I = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     elsewhere = gptq(w_OI[:, other_I], h_II[other_I][:, other_I], fmt, act_order=True)[0]
     assert torch.equal(elsewhere.q_OI, inside.q_OI[:, other_I])
+
+
+@pytest.mark.parametrize("fmt", [IntFormat(4, True, 8), IntFormat(2, False, 8)], ids=str)
+def test_refitted_groups_go_in_order_of_what_their_inputs_bring(fmt):
+    w_OI, h_II = problem(2)
+    inside = gptq(w_OI, h_II, fmt, act_order=True, static_groups=False)[0]
+    diagonal_I = h_II.diagonal()
+    groups = sorted(range(5), key=lambda g: -float(diagonal_I[8 * g : 8 * g + 8].sum()))
+    order_I = torch.cat([8 * g + torch.argsort(diagonal_I[8 * g : 8 * g + 8], descending=True) for g in groups])
+    outside = gptq(w_OI[:, order_I], h_II[order_I][:, order_I], fmt, act_order=False, static_groups=False)[0]
+    assert torch.equal(outside.q_OI, inside.q_OI[:, order_I])
+    assert torch.equal(outside.scale_OG, inside.scale_OG[:, groups])
 
 
 @settings
@@ -185,8 +197,6 @@ def test_requests_that_contradict_themselves_are_refused():
     w_OI, h_II = problem(12)
     with pytest.raises(SpinfoldError, match="shape"):
         gptq(w_OI, h_II[:-1, :-1], IntFormat(4, True))
-    with pytest.raises(SpinfoldError, match="activation order"):
-        gptq(w_OI, h_II, IntFormat(4, True, 8), act_order=True, static_groups=False)
     with pytest.raises(SpinfoldError, match="8 or 10"):
         gptq(w_OI, h_II, IntFormat(4, True, 9))
 

@@ -78,7 +78,7 @@ def test_the_integers_are_those_of_optimal_brain_quantization(symmetric, group_s
 
 def test_the_errors_add_up_to_the_objective():
     """tr(E H Eᵀ) = Σ |e_i|² with the damped H: what the blocks return is the objective, column by column."""
-    from spinfold.rounding.gptq import round_block
+    from spinfold.rounding.columns import round_block
     from spinfold.rounding.hessian import inverse_factor
 
     generator = torch.Generator().manual_seed(0)

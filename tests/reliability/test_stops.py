@@ -22,13 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contracts.tiny_run import TEXT, tiny_model
+import tiny_tokenizers
+import zoo
+from contracts.tiny_run import TEXT, quantize, tiny_model
 from moments import FULL_DISK, INTERRUPT, KILL, PAUSE, Ended, Moment, Running, moments, spinfold
 
 from spinfold.export.check import hash_files, verify_files
 from spinfold.run import RunFolder
 
 KILLS = 20
+TARGETS = ["compressed-tensors", "gguf", "transformers"]
 RESUME = "the same command with --resume goes on from there."
 RECIPE = """\
 method: spinquant
@@ -250,24 +253,59 @@ def test_a_killed_comparison_goes_on(given: Given, tmp_path: Path, full: bool) -
         assert (output / "index.html").is_file()
 
 
-@pytest.mark.parametrize("made", [False, True], ids=["new", "made by the user"])
-def test_a_killed_export_can_be_repeated(whole: Whole, tmp_path: Path, made: bool, full: bool) -> None:
-    run = Path(shutil.copytree(whole.path, tmp_path / "run"))
+@pytest.fixture(scope="module")
+def exportable(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that every target can have."""
+    folder = tmp_path_factory.mktemp("exportable")
+    model = tiny_tokenizers.byte_level(zoo.save(zoo.FAMILIES["llama_tied"](), folder / "model"))
+    changes = {"method": "none", "sites": [], "bits": "W4A16", "group_size": 32, "rounding__method": "rtn"}
+    return quantize(model, folder / "run", given.folder / "text.txt", **changes).path
 
-    def export(output: Path) -> list[str]:
+
+def export(run: Path, target: str, output: Path) -> list[str]:
+    return ["export", str(run), "--to", target, "-o", str(output), "--no-check"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("made", [False, True], ids=["new", "made by the user"])
+def test_a_killed_export_can_be_repeated(target: str, exportable: Path, tmp_path: Path, made: bool, full: bool) -> None:
+    run = Path(shutil.copytree(exportable, tmp_path / "run"))
+
+    def into(output: Path) -> list[str]:
         if made:
             output.mkdir(parents=True, exist_ok=True)
-        return ["export", str(run), "--to", "transformers", "-o", str(output), "--no-check"]
+        return export(run, target, output)
 
-    seen = moments(export(tmp_path / "whole" / "out"), tmp_path / "whole" / "out")
+    seen = moments(into(tmp_path / "whole" / "out"), tmp_path / "whole" / "out")
     expected = hash_files(tmp_path / "whole" / "out")
-    for number, moment in enumerate(draw(seen, 10 if full else 1, seed=6)):
+    last = "proof.json" if target == "gguf" else "config.json"
+    for number, moment in enumerate(draw(seen, min(10, len(seen)) if full else 1, seed=6)):
         output = tmp_path / f"killed-{number}" / "out"
-        assert spinfold(export(output), output, moment, KILL).code == -9, moment
-        if not (output / "config.json").exists():  # it comes last
+        assert spinfold(into(output), output, moment, KILL).code == -9, moment
+        if not (output / last).exists():
             for part in output.glob("[!.]*"):  # a folder of the user's is filled file by file, and not emptied for him
                 part.unlink()
-            finished(export(output), output)
+            finished(into(output), output)
         verify_files(output)
         assert hash_files(output) == expected
         assert os.listdir(output.parent) == ["out"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_export_onto_a_full_disk_leaves_nothing(
+    target: str, exportable: Path, small_disk: Path, tmp_path: Path, full: bool
+) -> None:
+    """Full for real, so that it shows in the libraries that write the files."""
+    run = Path(shutil.copytree(exportable, tmp_path / "run"))
+    finished(export(run, target, tmp_path / "whole"), tmp_path / "whole")
+    before = (run / "run.json").read_bytes()
+    expected = hash_files(tmp_path / "whole")
+    needed = sum(path.stat().st_size for path in (tmp_path / "whole").iterdir())
+    for share in (0.02, 0.2, 0.4, 0.6, 0.8, 0.9) if full else (0.5,):
+        resize(small_disk, int(share * needed))
+        assert_no_space(spinfold(export(run, target, small_disk / "out"), small_disk / "out"))
+        assert not os.listdir(small_disk)
+        assert (run / "run.json").read_bytes() == before
+    resize(small_disk, 1 << 28)
+    finished(export(run, target, small_disk / "out"), small_disk / "out")
+    assert hash_files(small_disk / "out") == expected

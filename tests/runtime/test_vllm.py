@@ -1,4 +1,7 @@
-"""vLLM computes what the run computes; a transposed online map does not pass. Skipped where vLLM is not installed."""
+"""vLLM computes what the run computes, of every family; a transposed online map does not pass.
+
+Skipped where vLLM is not installed.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ import spinfold
 from spinfold.export import check as checks
 from spinfold.export.targets import Bounds
 from spinfold.export.vllm import installed
+from spinfold.networks.family import FAMILIES, family_of
 from spinfold.recipe import Recipe
 from spinfold.run import write_json
 
@@ -26,10 +30,15 @@ TEXT = "The rain in Spain stays mainly in the plain; the theatre in the north is
 BOUNDS = Bounds(top1=0.85, kl=0.03, perplexity=0.05)
 """vLLM computes in bfloat16 with kernels of its own."""
 IDS_NT = torch.randint(3, zoo.VOCAB, (2, 48), generator=torch.Generator().manual_seed(0))
-RUNS: dict[str, dict[str, Any]] = {
-    "W4A16": {"bits": "W4A16", "group_size": 32},
-    "W4A16 asymmetric": {"bits": "W4A16", "group_size": 32, "weights__symmetric": False},
-    "W8A8": {"bits": "W8A8", "activations__symmetric": True},
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
+"""Those that vLLM's kernels take."""
+GROUPS: dict[str, Any] = {"bits": "W4A16", "group_size": 32}
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, GROUPS) for family in ("llama", "llama_tied", "llama_biases", "mistral", "qwen2", "qwen3")},
+    **{family: (family, GROUPS) for family in ("phi3", "granite", "gemma2", "gemma3", "olmo2")},
+    "asymmetric": ("llama", GROUPS | {"weights__symmetric": False}),
+    "W8A8": ("llama", {"bits": "W8A8", "activations__symmetric": True}),
+    "W4A8": ("qwen2", {"bits": "W4A8", "activations__symmetric": True}),
 }
 # vLLM's CPU build has no kernel for online maps: the product that its GPU kernel computes stands in for it, in the
 # test's process only. It shows that file and convention are right, not that the kernel is.
@@ -43,14 +52,17 @@ sys.exit(check.main(*sys.argv[1:]))
 """
 
 
-def make(folder: Path, **changes: Any) -> tuple[Path, Path]:
-    """A run of a tiny model whose sizes vLLM's kernels take, and its unchecked export."""
+def make(folder: Path, family: str, **changes: Any) -> tuple[Path, Path]:
+    """A run of a tiny model with every map that can be folded into it, and its unchecked export."""
     (folder / "text.txt").write_text(TEXT)
-    model = zoo.save(zoo.FAMILIES["smollm"](hidden=192), folder / "model")
+    model_type, settings = zoo.FAMILIES[family].args
+    model = zoo.save(zoo._build(model_type, settings | SIZES), folder / "model")
     zoo.write_tiny_tokenizer(model)
+    residual = family_of(model_type).supports("residual").ok
     data = {"calibration": {"source": str(folder / "text.txt"), "samples": 4, "seq_len": 32}, "method": "quarot"}
-    settings = {"sites": ["residual", "value"], "rounding__method": "rtn", "weights__scale_dtype": "bfloat16"} | changes
-    run = spinfold.quantize(str(model), folder / "run", Recipe.parse(data).with_(**settings), device="cpu")
+    options = {"sites": ["residual", "value"] if residual else ["value"]}
+    options |= {"rounding__method": "rtn", "weights__scale_dtype": "bfloat16"} | changes
+    run = spinfold.quantize(str(model), folder / "run", Recipe.parse(data).with_(**options), device="cpu")
     return run.path, spinfold.export(run.path, "compressed-tensors", folder / "out", check=False).path
 
 
@@ -61,9 +73,15 @@ def proofs(run: Path, other_NTV: Any) -> list[spinfold.Proof]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_vllm_computes_what_the_run_computes(name: str, tmp_path: Path) -> None:
-    run, folder = make(tmp_path, **RUNS[name])
+    family, changes = RUNS[name]
+    run, folder = make(tmp_path, family, **changes)
     broken = [str(proof) for proof in proofs(run, checks.logits_in("vllm", folder, IDS_NT)) if not proof.ok]
     assert not broken
+
+
+def test_every_family_without_experts_is_tried() -> None:
+    tried = {zoo.FAMILIES[family].args[0] for family, _ in RUNS.values()}
+    assert tried == {name for one in FAMILIES if not one.experts for name in one.model_types}
 
 
 def logits_with_shim(folder: Path) -> Any:
@@ -75,8 +93,8 @@ def logits_with_shim(folder: Path) -> Any:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in for a kernel that is there on a GPU")
 def test_vllm_applies_the_online_map(tmp_path: Path) -> None:
-    settings = RUNS["W8A8"] | {"sites": ["residual", "value", "down"], "online_dtype": "bfloat16"}
-    run, folder = make(tmp_path, **settings)
+    settings = {"sites": ["residual", "value", "down"], "online_dtype": "bfloat16"}
+    run, folder = make(tmp_path, "llama", **RUNS["W8A8"][1], **settings)
     broken = [str(proof) for proof in proofs(run, logits_with_shim(folder)) if not proof.ok]
     assert not broken
 

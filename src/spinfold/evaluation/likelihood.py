@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from spinfold.compute import pick_precision, precision
+from spinfold.distributed import add_up, rank, world
 from spinfold.errors import CheckFailed, SpinfoldError
 from spinfold.networks import Network
 from spinfold.progress import Bar
@@ -42,7 +43,8 @@ def log_likelihoods(
     device, mode = network.device, pick_precision(compute, network.device)
     sequences = _encode(network, pairs)
     scores_S = torch.zeros(len(pairs), dtype=torch.float64)
-    for batch in _batches([len(ids_T) for ids_T, _ in sequences], _TOKENS_PER_BATCH.get(device.type, 2048)):
+    batches = list(_batches([len(ids_T) for ids_T, _ in sequences], _TOKENS_PER_BATCH.get(device.type, 2048)))
+    for batch in batches[rank() :: world()]:
         ids_BT = pad_sequence([sequences[i][0] for i in batch], batch_first=True)
         starts_B1, ends_B1 = torch.tensor([(sequences[i][1], len(sequences[i][0])) for i in batch]).T[..., None]
         place_T = torch.arange(1, ids_BT.shape[1])
@@ -55,6 +57,7 @@ def log_likelihoods(
         scores_S.index_add_(0, rows_P, logp_P.double().cpu())
         if bar is not None:
             bar.advance(len(batch))
+    add_up([scores_S])
     if scores_S.isnan().any():
         raise CheckFailed(
             "The network's output is not a number.",

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spinfold.errors import SpinfoldError
-from spinfold.networks.network import Network
+from spinfold.networks import Network, hidden_in_batches
 
 __all__ = ["MEASURED_WIRES", "Outliers", "Surface", "kurtosis", "max_pool", "measure_outliers", "peak_to_rms"]
 
@@ -188,8 +188,8 @@ def measure_outliers(
         for wire in MEASURED_WIRES
     ]
     try:
-        for ids_T in ids_BT:
-            network.hidden(ids_T[None].to(network.device))
+        for _ in hidden_in_batches(network, ids_BT, "fp32", ids_BT.shape[1]):
+            pass
     finally:
         for handle in handles:
             handle.remove()

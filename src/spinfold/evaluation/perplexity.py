@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spinfold.compute import pick_precision, precision
-from spinfold.networks import Network
+from spinfold.compute import precision
+from spinfold.distributed import add_up, share
+from spinfold.networks import Network, hidden_in_batches
 from spinfold.progress import Progress, Quiet
 
 __all__ = ["Quality", "Reference", "measure_quality"]
@@ -45,7 +46,8 @@ class Quality:
 class Reference:
     """What the original's head reads on a text, and the head: its logits can be had again from D numbers a token.
 
-    The head is a copy, so that the network itself may change afterwards.
+    The head is a copy, so that the network itself may change afterwards. Of several processes, each keeps the windows
+    of its share.
     """
 
     head: nn.Linear
@@ -68,22 +70,24 @@ def measure_quality(
     With `keep`, the second result is a `Reference` to this network as it is now.
     """
     device = network.device
-    mode = pick_precision(compute, device)
-    batch = max(1, _TOKENS_PER_BATCH.get(device.type, 2048) // ids_NT.shape[1])
+    tokens_per_batch = _TOKENS_PER_BATCH.get(device.type, 2048)
+    batch = max(1, tokens_per_batch // ids_NT.shape[1])
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    kept: list[Tensor] = []
+    own_NT = ids_NT[share(len(ids_NT))]
+    kept = [torch.empty(0, ids_NT.shape[1], network.hidden_size, device=device)] if keep and not len(own_NT) else []
     start = time.perf_counter()
-    with (progress or Quiet()).stage(label, total=len(ids_NT)) as bar:
-        for i in range(0, len(ids_NT), batch):
-            ids_BT = ids_NT[i : i + batch].to(device)
-            with precision(mode, device):
-                hidden_BTD = network.hidden(ids_BT).float()
+    with (progress or Quiet()).stage(label, total=len(own_NT)) as bar:
+        for i, hidden_BTD in zip(
+            range(0, len(own_NT), batch), hidden_in_batches(network, own_NT, compute, tokens_per_batch), strict=True
+        ):
+            ids_BT, hidden_BTD = own_NT[i : i + batch].to(device), hidden_BTD.float()
             if keep:
                 kept.append(hidden_BTD)
             original_BTD = None if reference is None else reference.hidden_NTD[i : i + batch]
             with precision("tf32", device):
                 sums += _sums(network, hidden_BTD, ids_BT, reference.head if reference else None, original_BTD)
             bar.advance(len(ids_BT))
+    add_up([sums])
     tokens = len(ids_NT) * (ids_NT.shape[1] - 1)
     nll, kl, same = (sums / tokens).tolist()
     seconds = time.perf_counter() - start

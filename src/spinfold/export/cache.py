@@ -9,25 +9,41 @@ A head of 64 numbers takes 37 bytes at 4 bits, where bfloat16 takes 128. A row i
 so a network computes the same with this cache, with any other, and without one. Since a row belongs to one token, the
 layers of Transformers' dynamic cache cut, reorder and repeat rows as they do keys.
 
-Shapes: B batch, H heads, T tokens, N head size, R bytes of a row.
+Where tokens are quantized in groups, or some are kept in floating point (`formats.cache`), a layer is a `HeldLayer`:
+
+    sink tokens, as they are | rows | tokens that are not quantized yet, as they are
+
+where a row belongs to a token, or to one channel of a group. Such a network computes the same with this cache and
+without one, whatever the text is cut into.
+
+Shapes: B batch, H heads, T tokens, S tokens held, N head size, R bytes of a row, U rows of a head (tokens, or groups).
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from spinfold.errors import SpinfoldError
 from spinfold.export.packing import pack, unpack
 from spinfold.formats import IntFormat
 from spinfold.formats.base import compute_dtype, extent
 from spinfold.formats.integer import from_integers, nearest_integers, scale_and_zero
-from spinfold.runtime import Quantize
+from spinfold.runtime import Quantize, QuantizeCache
 
-__all__ = ["CacheOps", "QuantizedCache", "QuantizedLayer", "decode_rows", "encode_rows", "quantize_cache"]
+__all__ = [
+    "CacheOps",
+    "HeldLayer",
+    "QuantizedCache",
+    "QuantizedLayer",
+    "decode_rows",
+    "encode_rows",
+    "quantize_cache",
+]
 
 
 def encode_rows(x: Tensor, format: IntFormat) -> Tensor:
@@ -45,22 +61,45 @@ def decode_rows(rows: Tensor, format: IntFormat, size: int, dtype: torch.dtype) 
     wide = torch.promote_types(dtype, torch.float32)
     end = -(-size * format.bits // 8)
     q = unpack(rows[..., :end].flatten(0, -2), format.bits, size).unflatten(0, rows.shape[:-1]).to(wide)
-    scale = rows[..., end : end + wide.itemsize].contiguous().view(wide)
+    scale = rows[..., end : end + wide.itemsize].clone(memory_format=torch.contiguous_format).view(wide)
     zero = None if format.symmetric else rows[..., -1:].to(wide)
     return from_integers(q.add_(format.low), scale, zero).to(dtype)
 
 
-class CacheOps(nn.Module):
-    """The ops of a key or value wire, the quantizer last, which a `QuantizedLayer` does once per token.
+def _encode_units(x_BHTN: Tensor, format: IntFormat | None) -> Tensor:
+    """Tokens or whole groups of them as rows, uint8 `(B, H, U, R)`; as they are, without a format."""
+    if format is None:
+        return x_BHTN
+    if format.group_size is None:
+        return encode_rows(x_BHTN, format)
+    return encode_rows(x_BHTN.unflatten(2, (-1, format.group_size)).mT, format).flatten(-2)
 
-    What it decodes carries a mark, and passes the wire as it is; all else meets the ops here. The mark is on the tensor
-    itself, so nothing can be mistaken for it.
+
+def _decode_units(rows_BHUR: Tensor, format: IntFormat | None, like: Tensor) -> Tensor:
+    """The inverse, `(B, H, T, N)`, head size and dtype as `like`."""
+    if format is None:
+        return rows_BHUR
+    size = like.shape[-1]
+    if format.group_size is None:
+        return decode_rows(rows_BHUR, format, size, like.dtype)
+    return decode_rows(rows_BHUR.unflatten(-1, (size, -1)), format, format.group_size, like.dtype).mT.flatten(2, 3)
+
+
+class CacheOps(nn.Module):
+    """The ops of a key or value wire, which a cache does once per token.
+
+    What it hands over carries a mark, and passes the wire as it is; all else meets the ops here. The mark is on the
+    tensor itself, so nothing can be mistaken for it. A `QuantizedLayer` needs a quantizer as the last op.
     """
 
     def __init__(self, ops: nn.ModuleList) -> None:
         super().__init__()
         self.ops = ops
-        self.format = cast(IntFormat, cast(Quantize, ops[-1]).format)
+
+    @property
+    def format(self) -> IntFormat:
+        """The quantizer's."""
+        return cast(IntFormat, cast(Quantize, self.ops[-1]).format)
 
     def forward(self, x_BHTN: Tensor) -> Tensor:
         if getattr(x_BHTN, "is_from_quantized_cache", False):
@@ -104,6 +143,116 @@ class QuantizedSlidingLayer(_HoldsRows, DynamicSlidingWindowLayer):  # type: ign
     """The sliding window of one layer."""
 
 
+class HeldLayer(DynamicLayer):  # type: ignore[misc]
+    """The context of one layer by a `CacheFormat`; also of a sliding window, of which nothing is thrown away.
+
+    `keys` and `values` are the rows of the tokens that are quantized, `kept_keys` and `kept_values` all others. Numbers
+    that were quantized are gone, so it can't go back to an earlier state.
+    """
+
+    is_croppable = False
+    _TENSORS: Final = ("keys", "values", "kept_keys", "kept_values", "positions")
+
+    def __init__(self, wires: Any, is_sliding: bool) -> None:
+        super().__init__()
+        self.wires, self.is_sliding = wires, is_sliding
+        self.op = cast(QuantizeCache, wires["cache"].ops[-1])
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        keys, values = key_states[:, :, :0], value_states[:, :, :0]
+        self.kept_keys, self.kept_values = keys, values
+        self.positions = self.op.rope.positions_BT[:, :0].expand(len(keys), 0)
+        self.keys, self.values = self._encode(keys, values, self.positions)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take in new keys and values as they are before their wires; all of them as the last query sees them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        format, before, now = self.op.format, self.length, self.length + key_states.shape[2]
+        positions_BT = self.op.rope.positions_BT.expand(len(key_states), -1)
+        self.positions, self.length = torch.cat([self.positions, positions_BT], 1), now
+        key_BHSN = torch.cat([self.kept_keys, self.wires["key"](key_states)], 2)
+        value_BHSN = torch.cat([self.kept_values, self.wires["value"](value_states)], 2)
+
+        first, end = format.span(now)
+        done = max(format.span(before)[1], first)  # those before it are in rows, or sinks
+        ripe = slice(first, first + end - done)
+        rows = self._encode(key_BHSN[:, :, ripe], value_BHSN[:, :, ripe], self.positions[:, done:end])
+        self.keys, self.values = (torch.cat(pair, 2) for pair in zip((self.keys, self.values), rows, strict=True))
+        self.kept_keys, self.kept_values = (
+            torch.cat([x[:, :, :first], x[:, :, ripe.stop :]], 2) for x in (key_BHSN, value_BHSN)
+        )
+        start, stop = (place - done + first for place in format.early(before, now))
+        early = key_BHSN[:, :, start:stop], value_BHSN[:, :, start:stop]
+        return self._shown(first, end, early)
+
+    def _encode(self, key_BHTN: Tensor, value_BHTN: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        format = self.op.format
+        key_BHTN = self.op.as_quantized(key_BHTN, positions_BT) if format.key else key_BHTN
+        return _encode_units(key_BHTN, format.key), _encode_units(value_BHTN, format.value)
+
+    def _shown(self, first: int, end: int, early: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Everything in order, marked, the keys also by what stands there twice."""
+        format, positions_BT = self.op.format, self.positions[:, first:end]
+        like_key = self.op.as_quantized(self.kept_keys[:, :, :0], positions_BT[:, :0])
+        key_BHTN = _decode_units(self.keys, format.key, like_key)
+        if format.key:
+            key_BHTN = self.op.as_attended(key_BHTN, positions_BT, self.dtype)
+        value_BHTN = _decode_units(self.values, format.value, self.kept_values)
+        key_BHSN, value_BHSN = (
+            torch.cat([kept[:, :, :first], x, kept[:, :, first:]], 2)
+            for kept, x in ((self.kept_keys, key_BHTN), (self.kept_values, value_BHTN))
+        )
+        for x in (key_BHSN, value_BHSN):
+            x.is_from_quantized_cache = True  # type: ignore[attr-defined]
+        key_BHSN.early = early  # type: ignore[attr-defined]
+        return key_BHSN, value_BHSN
+
+    def get_seq_length(self) -> int:
+        """The tokens that it holds."""
+        return self.length
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.length = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused, but for nothing."""
+        if tokens_to_remove:
+            raise SpinfoldError(
+                "This KV cache can't go back.",
+                "Its older tokens are quantized, and some of them should be in floating point again.",
+                "Generate without assistants and other ways of guessing ahead.",
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Its rows of the batch in another order."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row of the batch so many times."""
+        for name in self._TENSORS if self.length else ():
+            setattr(self, name, getattr(self, name).repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Some rows of the batch."""
+        for name in self._TENSORS if self.length else ():
+            setattr(self, name, getattr(self, name)[indices.to(self.device)])
+
+    def offload(self) -> None:
+        """To the CPU."""
+        for name in self._TENSORS if self.length else ():
+            setattr(self, name, getattr(self, name).to("cpu"))
+
+    def prefetch(self) -> None:
+        """And back."""
+        for name in self._TENSORS if self.length else ():
+            setattr(self, name, getattr(self, name).to(self.device))
+
+
 class QuantizedCache(DynamicCache):  # type: ignore[misc]
     """A cache for a decoder that `quantize_cache` has seen."""
 
@@ -113,10 +262,10 @@ class QuantizedCache(DynamicCache):  # type: ignore[misc]
 
 
 def quantize_cache(decoder: Any) -> None:
-    """Let a decoder with quantizers on its key and value wires hold its cache as rows of integers, by default."""
+    """Let a decoder with quantizers of keys and values hold its cache as rows of integers, by default."""
     for layer in decoder.layers:
         wires = [layer.wires["key"], layer.wires["value"]]
-        if all(len(wire.ops) and isinstance(wire.ops[-1], Quantize) for wire in wires):
+        if len(layer.wires["cache"].ops) or all(len(wire.ops) and isinstance(wire.ops[-1], Quantize) for wire in wires):
             for wire in wires:
                 wire.ops = nn.ModuleList([CacheOps(wire.ops)])
     if any(isinstance(module, CacheOps) for module in decoder.modules()):
@@ -143,6 +292,8 @@ def _quantized(layers: list[Any], decoder: Any) -> list[Any]:
 
 
 def _quantized_layer(plain: Any, wires: Any) -> Any:
+    if len(wires["cache"].ops) and type(plain) in (DynamicLayer, DynamicSlidingWindowLayer):
+        return HeldLayer(wires, plain.is_sliding)
     ops = [op for wire in ("key", "value") for op in wires[wire].ops if isinstance(op, CacheOps)]
     if len(ops) == 2 and type(plain) is DynamicLayer:
         return QuantizedLayer(*ops)

@@ -44,8 +44,7 @@ def write(contents: Contents, folder: Path) -> None:
     dtype = model_dtype(contents)
     transforms, matrices = _online_maps(contents, dtype)
     save_shards(folder, _tensors(contents, dtype, matrices))
-    config = read_json(contents.path / "model" / "config.json")
-    config |= {
+    config = contents.model_config() | {
         "dtype": str(dtype).removeprefix("torch."),
         "quantization_config": _quantization_config(contents, transforms),
     }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,6 +34,7 @@ from spinfold.run import read_json
 __all__ = ["Contents"]
 
 _OURS = {"config.json", "model.safetensors"}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,21 @@ class Contents:
         for name, parts in self._parts().items():
             yield name.removesuffix(".weight"), _stack([self._read(part) for part in parts])
 
+    @cached_property
+    def tied(self) -> bool:
+        """Is the head the embedding? A run has both; where no map came between them, one is enough for a checkpoint."""
+        return torch.equal(self._tensor(_EMBEDDING), self._tensor(_HEAD))
+
     def others(self) -> Iterator[tuple[str, Tensor]]:
         """Every other tensor of the state dict by its Hugging Face name: embedding, norms, biases, untied head."""
         for name in self._other_names():
-            yield name, self._tensor(name)
+            if name != _HEAD or not self.tied:
+                yield name, self._tensor(name)
+
+    def model_config(self) -> dict[str, Any]:
+        """The model's config.json, for a folder with the tensors of `modules` and `others`."""
+        config: dict[str, Any] = read_json(self.path / "model" / "config.json")
+        return config | {"tie_word_embeddings": self.tied}
 
     def _parts(self) -> dict[str, list[Linear]]:
         """The linears by the parameter that holds them, from its first row to its last."""

@@ -12,7 +12,9 @@ Shapes: O out features, I in features, H head size, F RoPE frequencies.
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -58,6 +60,8 @@ def write(contents: Contents, folder: Path, *, embeddings: Literal["F16", "Q8_0"
     factors, rope_metadata = rope(config, arch)
     linear_kind, embedding_kind = _linear_kind(contents), GGMLQuantizationType[embeddings]
     shapes = {name: tuple(value.shape) for name, value in contents.network.model.state_dict().items()}
+    if contents.tied:  # llama.cpp takes the embedding for a head that is not there
+        del shapes["lm_head.weight"]
     kinds = {linear.parameter: linear_kind for linear in contents.network.linears}
     kinds |= {name: embedding_kind if name in _EMBEDDINGS else Kind.F32 for name in shapes if name not in kinds}
     if embedding_kind == Kind.Q8_0 and config.hidden_size % BLOCK:
@@ -174,6 +178,10 @@ def _write_file(
         writer.write_ti_data_to_file()
         for array in data:
             writer.write_tensor_data(array)
+    except OSError as error:
+        if error.errno is None and " requested and " in str(error):  # NumPy's words for a short write
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise
     finally:
         writer.close()
 

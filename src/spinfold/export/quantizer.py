@@ -94,7 +94,7 @@ class SpinfoldQuantizer(HfQuantizer):  # type: ignore[misc]
             raise SpinfoldError(f"attn_implementation={asked!r} can't be used.", why, "Leave it out.")
         return config
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> list[Any]:
         return []  # the tensors have the names of the parameters
 
     def _process_model_before_weight_loading(
@@ -114,7 +114,7 @@ class SpinfoldQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, _ in list(model.named_parameters()):
             if f"{name}.packed" in found and isinstance(format, IntFormat):
                 pack_parameter(model, name, format, recipe.scale_dtype)
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in _stored(model).items()}
         if odd := sorted(set(expected.items()) ^ set(found.items())):
             name = odd[0][0]
             why = f"{name} should be {expected.get(name, 'absent')} and is {found.get(name, 'absent')}."
@@ -153,7 +153,7 @@ class SpinfoldQuantizer(HfQuantizer):  # type: ignore[misc]
 
         config = self.quantization_config
         config.wires, maps = describe_wires(model)
-        tensors = model.state_dict() | maps
+        tensors = _stored(model) | maps
         config.checksum = config.checksum_over({name: digest(tensor) for name, tensor in tensors.items()})
         return tensors, {}
 
@@ -163,6 +163,11 @@ class SpinfoldQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _stored(model: Any) -> dict[str, Tensor]:
+    """The state dict as a checkpoint has it: a head that is tied to the embedding is in there once."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
 
 
 def _read(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:

@@ -140,7 +140,7 @@ TARGETS: Final[tuple[Row, ...]] = (
         format="pack-quantized",
         weights=(4,),
         multiple=32,
-        established="run: tests/runtime/test_vllm.py, groups of 32; of 128 by hand; sizes read in the kernel's source",
+        established="run: tests/runtime/test_vllm.py, groups of 32; of 128 by hand; sizes read in the source",
     ),
     Row(
         target=_CT,
@@ -163,7 +163,7 @@ TARGETS: Final[tuple[Row, ...]] = (
         activations=(8,),
         activation_symmetric=(True,),
         multiple=32,
-        established="run: groups of 128; whole rows read in the source",
+        established="run: tests/runtime/test_vllm.py, whole rows; groups of 128 by hand",
     ),
     Row(
         target=_CT,
@@ -225,8 +225,9 @@ class Bounds:
 
 
 BOUNDS: Final[dict[str, Bounds]] = {
-    # Scales, embedding and head are rounded to 16 bits, and Transformers computes in that dtype.
-    "compressed-tensors": Bounds(top1=0.9, kl=5e-3, perplexity=0.01),
+    # Scales, embedding and head are rounded to 16 bits, and Transformers computes in that dtype: SmolLM2 in bfloat16 is
+    # 0.002 nats away, and with activations of 8 bits, some of which then go the other way, 0.006.
+    "compressed-tensors": Bounds(top1=0.9, kl=1e-2, perplexity=0.01),
     # llama.cpp rounds activations to 8 bits before products with quantized weights.
     "gguf": Bounds(top1=0.93, kl=1e-2, perplexity=0.02),
     "transformers": Bounds(top1=0.99, kl=1e-5, perplexity=1e-3),
@@ -294,9 +295,10 @@ def choose(target: str, facts: Facts) -> list[Row]:
 def _objections(row: Row, facts: Facts) -> Iterator[tuple[int, str, str]]:
     """Why a row can't have a run: how far from it that is, the reason, and what the run should have been made with."""
     recipe = facts.recipe
-    bits, grid, kinds = Bits.parse(recipe.bits), recipe.activations, (row.weights, row.activations, row.kv)
+    bits, grid, kinds = Bits.parse(recipe.bits), recipe.activations, (row.weights, row.activations, row.kv, row.kv)
     near = Bits(*(min(allowed, key=lambda b: (abs(b - own), -b)) for own, allowed in zip(bits, kinds, strict=True)))
-    for what, own, allowed in zip(("weights", "activations", "a KV cache"), bits, kinds, strict=True):
+    cached = ("a KV cache",) if bits.keys == bits.values else ("cached keys", "cached values")
+    for what, own, allowed in zip(("weights", "activations", *cached), bits, kinds, strict=False):
         if own not in allowed:
             yield 2, f"{what} of {_either(allowed)} bits, not {own}.", f"--bits {near}"
     if bits.weights == near.weights != 16:
@@ -328,7 +330,7 @@ def _objections(row: Row, facts: Facts) -> Iterator[tuple[int, str, str]]:
     if row.families is not None and facts.family not in row.families:
         yield 4, f"known are {_either(row.families)} models, not {facts.family}.", "another model"
     if facts.moe and not row.moe:
-        yield 4, "there are no experts.", "a model without experts"
+        yield 4, "nothing is written for it of layers with experts.", "a model without experts"
 
 
 def _range(bits: tuple[int, ...]) -> str:

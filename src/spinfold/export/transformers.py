@@ -33,7 +33,7 @@ from spinfold.export.shards import save_shards
 from spinfold.export.wires import describe_wires
 from spinfold.folding import place_online
 from spinfold.report.tables import comparison_table, human_bytes
-from spinfold.run import read_json, write_json
+from spinfold.run import write_json
 from spinfold.runtime import quantize_wires
 
 __all__ = ["write"]
@@ -103,9 +103,8 @@ def write(
     num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with reading(contents.path / "run.json"):
         (folder / "README.md").write_text(_card(contents, num_bytes), "utf-8")
-    config = read_json(contents.path / "model" / "config.json")
-    config |= {"dtype": str(dtype).removeprefix("torch."), "quantization_config": quantization.to_dict()}
-    write_json(folder / "config.json", config)
+    changes = {"dtype": str(dtype).removeprefix("torch."), "quantization_config": quantization.to_dict()}
+    write_json(folder / "config.json", contents.model_config() | changes)
 
 
 def _tensors(contents: Contents, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from spinfold.errors import SpinfoldError
 from spinfold.export.cache import CacheOps
-from spinfold.formats import IntFormat
+from spinfold.formats import CacheFormat, IntFormat
 from spinfold.maps.serialise import from_parts, to_parts
-from spinfold.runtime import OnlineMap, Quantize
+from spinfold.runtime import OnlineMap, Quantize, QuantizeCache, cache_quantizer
 
 __all__ = ["PREFIX", "describe_wires", "place_wires"]
 
@@ -41,6 +41,8 @@ def describe_wires(model: PreTrainedModel) -> tuple[Wires, dict[str, Tensor]]:
                     config, parts = to_parts(op.map)
                     tensors |= {f"{PREFIX}{place}.{number}.{key}": value.clone() for key, value in parts.items()}
                     entry = {"map": config}
+                elif isinstance(op, QuantizeCache):
+                    entry = {"cache": asdict(op.exact_format)}
                 else:
                     assert isinstance(op, Quantize) and op.map is None and op.clip is None, "an op of a fit"
                     entry = {"quantize": asdict(op.format)}
@@ -63,7 +65,7 @@ def place_wires(model: PreTrainedModel, wires: Wires, tensors: Mapping[str, Tens
                 (kind, config), prefix = *entry.items(), f"{PREFIX}{place}.{number}."
                 own = [key for key in rest if key.startswith(prefix)]
                 parts = {key.removeprefix(prefix): rest.pop(key) for key in own}
-                op = {"map": _online_map, "quantize": _quantizer}[kind](config, parts)
+                op = {"map": _online_map, "quantize": _quantizer, "cache": _cache}[kind](config, parts, layer)
                 layer.wires[name].ops.append(op.to(device))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise _unreadable(f"{type(error).__name__}: {error}") from None
@@ -75,12 +77,18 @@ def _unreadable(why: str) -> SpinfoldError:
     return SpinfoldError("The checkpoint's description of its wires can't be read.", why, "Export the run again.")
 
 
-def _online_map(config: dict[str, Any], parts: dict[str, Tensor]) -> nn.Module:
+def _online_map(config: dict[str, Any], parts: dict[str, Tensor], layer: Any) -> nn.Module:
     return OnlineMap(from_parts(config, parts))
 
 
-def _quantizer(config: dict[str, Any], parts: dict[str, Tensor]) -> nn.Module:
+def _quantizer(config: dict[str, Any], parts: dict[str, Tensor], layer: Any) -> nn.Module:
     return Quantize(IntFormat(**config))
+
+
+def _cache(config: dict[str, Any], parts: dict[str, Tensor], layer: Any) -> nn.Module:
+    formats = {name: None if config[name] is None else IntFormat(**config[name]) for name in ("key", "value")}
+    key, value = (None if format is None else cache_quantizer(format)(format) for format in formats.values())
+    return QuantizeCache(CacheFormat(**config | formats), key, value, layer.rope)
 
 
 def _each(ops: nn.ModuleList) -> Iterator[nn.Module]:

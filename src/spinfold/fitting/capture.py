@@ -18,8 +18,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from spinfold.compute import pick_precision, precision
-from spinfold.networks import Network
+from spinfold.compute import precision
+from spinfold.distributed import everyones, share, summed
+from spinfold.networks import Network, hidden_in_batches
 from spinfold.progress import Progress, Quiet
 
 __all__ = ["Captured", "capture", "channel_maxima", "pooled", "second_moments", "watch"]
@@ -28,6 +29,7 @@ Captured = dict[tuple[int, str], Tensor]
 """Rows `(S, N)` by layer and wire."""
 
 _TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 4096}
+_MOST_NUMBERS = 1 << 27  # of a batch on the widest wire
 
 
 @torch.no_grad()
@@ -46,25 +48,24 @@ def watch(
     what the next linear or the attention reads, ops on the wire included, for the tokens `start` ... `start + T - 1`,
     counted through all windows.
     """
-    device, mode = network.device, pick_precision(compute, network.device)
-    start = 0
+    seen: dict[tuple[int, str], int] = {}
 
     def note(layer: int, wire: str, _: nn.Module, __: object, x: Tensor) -> None:
-        see(layer, wire, start, (x.transpose(1, 2) if x.ndim == 4 else x).flatten(0, 1))
+        x, start = (x.transpose(1, 2) if x.ndim == 4 else x).flatten(0, 1), seen.get((layer, wire), 0)
+        seen[layer, wire] = start + len(x)
+        see(layer, wire, start, x)
 
     handles = [
         layer.wire(wire).register_forward_hook(partial(note, layer.index, wire))
         for layer in network.layers
         for wire in wires
     ]
-    windows_per_batch = max(1, _TOKENS_PER_BATCH.get(device.type, 4096) // ids_WT.shape[1])
+    tokens = _TOKENS_PER_BATCH.get(network.device.type, 4096)
+    tokens = min(tokens, _MOST_NUMBERS // max(layer.mlp_width for layer in network.layers))
     try:
         with (progress or Quiet()).stage("capture activations", total=len(ids_WT)) as bar:
-            for ids_BT in ids_WT.split(windows_per_batch):
-                with precision(mode, device):
-                    network.hidden(ids_BT.to(device))
-                start += ids_BT.numel()
-                bar.advance(len(ids_BT))
+            for hidden_BTD in hidden_in_batches(network, ids_WT, compute, tokens):
+                bar.advance(len(hidden_BTD))
     finally:
         for handle in handles:
             handle.remove()
@@ -86,17 +87,22 @@ def capture(
     The same tokens on every wire, in the order of the text. On query, key and value each token gives one row per
     head, head after head; on the down wire of experts one per expert that it meets.
     """
-    total = ids_WT.numel()
+    total, own = ids_WT.numel(), share(len(ids_WT))
     drawn_S = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:tokens].sort().values
     pieces: dict[tuple[int, str], list[Tensor]] = {}
 
     def see(layer: int, wire: str, start: int, x: Tensor) -> None:
+        start += own.start * ids_WT.shape[1]
         first, last = torch.searchsorted(drawn_S, torch.tensor([start, start + len(x)])).tolist()
         kept = x[(drawn_S[first:last] - start).to(x.device)].to(dtype)
         pieces.setdefault((layer, wire), []).append(kept.flatten(0, -2))
 
-    watch(network, ids_WT, wires, see, compute=compute, progress=progress)
-    return {key: torch.cat(pieces.pop(key)) for key in list(pieces)}
+    watch(network, ids_WT[own], wires, see, compute=compute, progress=progress)
+    parts = everyones({key: torch.cat(pieces.pop(key)) for key in list(pieces)})
+    if len(parts) == 1:
+        return parts[0]
+    keys = dict.fromkeys(key for part in parts for key in part)
+    return {key: torch.cat([part[key] for part in parts if key in part]) for key in keys}
 
 
 def pooled(captured: Captured, *wires: str) -> Tensor:
@@ -118,9 +124,10 @@ def second_moments(
         sums[layer, wire] = sums[layer, wire] + moment_NN if (layer, wire) in sums else moment_NN
         count[layer, wire] = count.get((layer, wire), 0) + len(x_TN)
 
-    watch(network, ids_WT, wires, see, compute=compute, progress=progress)
+    watch(network, ids_WT[share(len(ids_WT))], wires, see, compute=compute, progress=progress)
+    moments, tokens = summed(sums), summed({key: torch.tensor(number) for key, number in count.items()})
     layers = range(len(network.layers))
-    return {wire: torch.stack([sums[i, wire] / count[i, wire] for i in layers]).float() for wire in wires}
+    return {wire: torch.stack([moments[i, wire] / tokens[i, wire] for i in layers]).float() for wire in wires}
 
 
 def channel_maxima(

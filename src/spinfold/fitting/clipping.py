@@ -1,6 +1,6 @@
 """How far to clip each wire's range: the ratio of least squared rounding error, or one learned with the maps.
 
-    searched    c* = argmin over c of  mean ||x M - Q_c(x M)||²,   Q_c quantization of c times a token's own range
+    searched    c* = argmin over c of  mean ||x M - Q_c(x M)||²,   Q_c quantization of c times a grid's own range
     learned     from there, by the gradient of an end-to-end fit's loss
 
 A range a little smaller than a token's own costs its few largest entries less than the finer steps gain on all others.
@@ -11,18 +11,22 @@ Shapes: T tokens, ... the leading axes of a wire.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from spinfold.distributed import share, summed
 from spinfold.fitting.capture import watch
-from spinfold.formats import Format, fake_quantize
+from spinfold.formats import CacheFormat, Format, fake_quantize
 from spinfold.maps import Map, SiteMaps
-from spinfold.networks import Network
+from spinfold.networks import Attended, Network
 from spinfold.progress import Progress
 from spinfold.recipe import Recipe
-from spinfold.runtime import Clips, quantized_wires
+from spinfold.runtime import Clips, QuantizeCache, quantized_wires
 
 __all__ = ["CLIP_RATIOS", "CLIP_WINDOWS", "LearnedClips", "search_clips"]
 
@@ -52,16 +56,54 @@ def search_clips(
     errors: dict[str, Tensor] = {}
 
     def see(layer: int, wire: str, _: int, x: Tensor) -> None:
-        name = f"{layer}.{wire}"
+        if (name := f"{layer}.{wire}") not in searched:
+            return
         format, map = searched[name]
         y = x.float() if map is None else map.apply(x.float())
+        if wire in ("key", "value") and format.group_size:
+            y = y.mT.contiguous()  # a channel's tokens, side by side
         error = torch.stack([(fake_quantize(y, replace(format, clip=c)) - y).square().sum() for c in CLIP_RATIOS])
         errors[name] = errors.get(name, 0) + error
 
     wires = list(dict.fromkeys(name.partition(".")[2] for name in searched))
-    watch(network, ids_WT, wires, see, compute=recipe.compute, progress=progress)
+    cache = recipe.kv_format if recipe.kv_format and not recipe.kv_format.by_token else None
+    if cache:
+        wires = [wire for wire in wires if wire not in ("key", "value")]
+    with _probes(network, cache, see):
+        watch(network, ids_WT[share(len(ids_WT))], wires, see, compute=recipe.compute, progress=progress)
+    errors = summed(errors)
     best = torch.stack(list(errors.values())).argmin(1).tolist()
     return {name: CLIP_RATIOS[index] for name, index in zip(errors, best, strict=True)}
+
+
+@contextmanager
+def _probes(
+    network: Network, cache: CacheFormat | None, see: Callable[[int, str, int, Tensor], None]
+) -> Iterator[None]:
+    """Show keys and values as quantizers on the cache wires would be given them, inside the block."""
+    placed: list[nn.ModuleList] = []
+    if cache is not None:
+        for layer in network.layers:
+            placed.append(layer.wire("cache").ops)
+            placed[-1].append(_Probe(QuantizeCache(cache, None, None, layer.rope), partial(see, layer.index)))
+    try:
+        yield
+    finally:
+        for ops in placed:
+            del ops[-1]
+
+
+class _Probe(nn.Module):
+    """Shows what a cache's quantizers would be given, and lets it pass."""
+
+    def __init__(self, op: QuantizeCache, see: Callable[[str, int, Tensor], None]) -> None:
+        super().__init__()
+        self.op, self.see = op, see
+
+    def forward(self, seen: Attended) -> Attended:
+        for wire, x_BHTN in self.op.inputs(seen).items():
+            self.see(wire, 0, x_BHTN)
+        return seen
 
 
 class LearnedClips:
@@ -73,8 +115,8 @@ class LearnedClips:
 
     def __init__(self, start: Clips, device: torch.device, learning_rate: float = 0.003) -> None:
         self.leaves = {name: torch.tensor(float(c), device=device).requires_grad_() for name, c in start.items()}
-        self.learning_rate = learning_rate
-        self.adam = torch.optim.Adam(self.leaves.values(), learning_rate, betas=(0.9, 0.95), foreach=True)
+        self.params, self.learning_rate = list(self.leaves.values()), learning_rate
+        self.adam = torch.optim.Adam(self.params, learning_rate, betas=(0.9, 0.95), foreach=True)
 
     def step(self, lr_scale: float) -> None:
         """Move all ratios in place by a share of the learning rate."""

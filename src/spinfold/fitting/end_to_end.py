@@ -10,23 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import cos, pi
+from math import ceil, cos, pi
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from spinfold.compute import precision
+from spinfold.compute import precision, products
+from spinfold.distributed import add_up, share, world
 from spinfold.networks import Network
 from spinfold.progress import Progress, Quiet
 
-__all__ = ["FitLog", "Optimizer", "Schedule", "fit_end_to_end"]
+__all__ = ["FitLog", "Optimizer", "Schedule", "fit_end_to_end", "graph_fits"]
 
 Loss = Callable[..., Tensor]
 
 
 class Optimizer(Protocol):
     """What the loop needs of an optimiser; gradients stay allocated between steps."""
+
+    @property
+    def params(self) -> Sequence[Tensor]:
+        """What is moved."""
 
     def step(self, lr_scale: float) -> None:
         """Move the parameters in place by a share of the learning rate."""
@@ -37,7 +42,9 @@ class Optimizer(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of `batch` windows each. `tokens_per_pass` bounds memory: a step is split into passes if it must."""
+    """Steps of `batch` windows each. `tokens_per_pass` bounds memory: a step is split into passes if it must. With
+    `checkpointing` a layer's activations are computed again rather than held.
+    """
 
     steps: int
     batch: int
@@ -62,6 +69,18 @@ class FitLog:
     clips: Mapping[str, float] = field(default_factory=dict)
 
 
+def graph_fits(network: Network, tokens: int, share: float = 0.6) -> bool:
+    """Do the activations that a pass over so many tokens holds fit into a share of what is free on the GPU?
+
+    Counted as in `forecast`: of each token and layer 5.5 D + 3.5 F numbers in fp32.
+    """
+    if network.device.type != "cuda":
+        return True
+    torch.cuda.empty_cache()
+    numbers = sum(5.5 * network.hidden_size + 3.5 * layer.mlp_width for layer in network.layers)
+    return 4 * min(tokens, Schedule.tokens_per_pass) * numbers < share * torch.cuda.mem_get_info(network.device)[0]
+
+
 def fit_end_to_end(
     network: Network,
     loss: Loss,
@@ -74,33 +93,48 @@ def fit_end_to_end(
     """Let `optimizers` lower `loss(*batch)`, a mean over windows, computed in the precision `mode`.
 
     `data` are tensors with one entry per window, (N, ...) each, `ids_NT` first. Step s sees windows s*batch ...
-    s*batch + batch - 1, counted around the N windows, however many fit on the device at a time.
+    s*batch + batch - 1, counted around the N windows, however many fit on the device at a time, and however many
+    processes share them out.
     """
     ids_NT = data[0]
     per_pass = max(1, min(schedule.batch, schedule.tokens_per_pass // ids_NT.shape[1]))
-    if schedule.checkpointing:
-        network.model.gradient_checkpointing_enable({"use_reentrant": False})
-        network.model.train()
-    one_pass = _Pass(network.device, loss, mode, graph=not schedule.checkpointing)
+    before, network.checkpointing = network.checkpointing, schedule.checkpointing or not network.resident
+    one_pass = _Pass(network.device, loss, mode, graph=not network.checkpointing)
     losses: list[float] = []
     try:
         with (progress or Quiet()).stage("fit rotations", total=schedule.steps) as bar:
             for step in range(schedule.steps):
                 index_B = torch.arange(step * schedule.batch, (step + 1) * schedule.batch) % len(ids_NT)
-                total = 0.0
-                for part in index_B.split(per_pass):
+                own_B, total = index_B[share(schedule.batch)], 0.0
+                parts = [(part, len(part) / schedule.batch) for part in own_B.split(per_pass) if len(part)]
+                if not network.resident:  # its layers may be shared out: then all processes make the same passes
+                    passes = ceil(ceil(schedule.batch / world()) / per_pass)
+                    parts += [(index_B[:1], 0.0)] * (passes - len(parts))
+                for part, weight in parts:
                     batch = [tensor[part.to(tensor.device)] for tensor in data]
-                    total += one_pass(batch, len(part) / schedule.batch)
+                    total += one_pass(batch, weight)
+                total = _over_processes(optimizers, total)
                 for optimizer in optimizers:
                     optimizer.step(schedule.rate_at(step))
                     optimizer.zero_grad()
                 losses.append(total)
                 bar.advance(note=f"loss {total:.3f}")
     finally:
-        if schedule.checkpointing:
-            network.model.gradient_checkpointing_disable()
-            network.model.eval()
+        network.checkpointing = before
     return FitLog(tuple(losses), schedule.steps * schedule.batch)
+
+
+def _over_processes(optimizers: Sequence[Optimizer], total: float) -> float:
+    """Add up what the processes have found: the gradients, in place, and a step's objective."""
+    if world() == 1:
+        return total
+    params = [param for optimizer in optimizers for param in optimizer.params]
+    for param in params:
+        if param.grad is None:  # this process had no window yet
+            param.grad = torch.zeros_like(param)
+    sum_of_totals = torch.tensor(total, dtype=torch.float64, device=params[0].device)
+    add_up([sum_of_totals, *(param.grad for param in params if param.grad is not None)])
+    return float(sum_of_totals)
 
 
 class _Pass:
@@ -132,13 +166,15 @@ class _Pass:
     def _run(self, batch: Sequence[Tensor], weight: float) -> Tensor:
         with precision(self.mode, self.device):
             loss = self.loss(*batch) * weight
-        loss.backward()
+        with products(self.mode):
+            loss.backward()
         return loss.detach()
 
     def _capture(self, batch: Sequence[Tensor], weight: float) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
         inputs = [tensor.to(self.device, copy=True) for tensor in batch]
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
+        # Other threads may talk to the GPU meanwhile: that of NCCL does.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             total = self._run(inputs, weight)
         return graph, inputs, total

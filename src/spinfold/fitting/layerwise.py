@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from spinfold.compute import pick_precision, precision
+from spinfold.distributed import everyones, share, spread, total
 from spinfold.errors import SpinfoldError
 from spinfold.fitting.capture import Captured, pooled
 from spinfold.fitting.end_to_end import FitLog, Optimizer, Schedule
@@ -42,6 +43,7 @@ __all__ = [
     "dense",
     "fit_layerwise",
     "fit_to_activations",
+    "fit_to_rows",
     "rows_term",
     "weighted",
 ]
@@ -89,13 +91,16 @@ def rows_term(x_SN: Tensor, objective: RowObjective, rows: int) -> Term:
     """The mean objective of `rows` rows of x R, drawn with replacement from `x_SN`.
 
     For a stack x `(L, S, N)` with R `(L, N, N)`: the sum over the stack of each one's mean, with the same draw for
-    all, so that no rotation depends on another.
+    all, so that no rotation depends on another. Processes share out the rows of a single rotation, not of a stack.
     """
+    alone = x_SN.ndim == 2
 
     def term(R_NN: Tensor, draws: torch.Generator) -> Tensor:
         index_P = torch.randint(x_SN.shape[-2], (rows,), generator=draws).to(x_SN.device)
-        y_PN = x_SN.index_select(-2, index_P).to(R_NN.dtype) @ R_NN
-        return objective(y_PN).mean(-1).sum()
+        own_P = index_P[share(rows)] if alone else index_P
+        y_PN = x_SN.index_select(-2, own_P).to(R_NN.dtype) @ (spread(R_NN) if alone else R_NN)
+        mean = objective(y_PN).sum(-1) / rows
+        return total(mean) if alone else mean.sum()
 
     return term
 
@@ -141,6 +146,29 @@ def fit_layerwise(
     return project(rotation(free_NN.detach().double())), tuple(torch.stack(losses).tolist() if losses else ())
 
 
+def fit_to_rows(
+    start_NN: Tensor,
+    x_SN: Tensor,
+    objective: RowObjective,
+    rows: int,
+    settings: LayerwiseSettings,
+    *,
+    seed: int,
+    progress: Progress | None = None,
+    label: str = "fit rotations",
+) -> tuple[Tensor, tuple[float, ...]]:
+    """`fit_layerwise` on `rows_term`; of a stack `(L, N, N)` each process fits its share."""
+    own = share(len(start_NN)) if start_NN.ndim == 3 else slice(None)
+    fitted: tuple[Tensor, tuple[float, ...]] = start_NN[:0].double(), ()
+    if len(start_NN[own]):
+        term = rows_term(x_SN[own], objective, rows)
+        fitted = fit_layerwise(start_NN[own], term, settings, seed=seed, progress=progress, label=label)
+    if start_NN.ndim == 2:
+        return fitted
+    stacks, losses = zip(*everyones(fitted), strict=True)
+    return torch.cat(stacks), tuple(map(sum, zip(*filter(None, losses), strict=True)))
+
+
 def _optimizer(free_NN: Tensor, settings: LayerwiseSettings) -> Optimizer:
     if settings.optimiser == "qr":
         return _MomentumSGD(free_NN, settings.learning_rate)
@@ -153,7 +181,8 @@ class _MomentumSGD:
     """z ← z - lr v, v ← 0.9 v + gradient, with the optimisers' interface of `maps/manifold.py`."""
 
     def __init__(self, z_NN: Tensor, lr: float) -> None:
-        self.sgd, self.lr = torch.optim.SGD([z_NN], lr, momentum=0.9), lr
+        self.params, self.lr = [z_NN], lr
+        self.sgd = torch.optim.SGD(self.params, lr, momentum=0.9)
 
     def step(self, lr_scale: float) -> None:
         self.sgd.param_groups[0]["lr"] = self.lr * lr_scale
@@ -183,9 +212,11 @@ def fit_to_activations(
     if start.value is not None:
         values_LSH = torch.stack([captured[layer, "value"] for layer in range(num_layers)])
         R_LHH = torch.stack([dense(one, values_LSH.device) for one in start.value])
-        R_LHH, losses = fit_layerwise(
+        R_LHH, losses = fit_to_rows(
             R_LHH,
-            rows_term(values_LSH, objectives["value"], rows),
+            values_LSH,
+            objectives["value"],
+            rows,
             settings["value"],
             seed=seed,
             progress=progress,
@@ -195,9 +226,11 @@ def fit_to_activations(
         log = FitLog(losses)
     if isinstance(residual, Map):
         x_SD = pooled(captured, *WIRES_OF["residual"])
-        R_DD, losses = fit_layerwise(
+        R_DD, losses = fit_to_rows(
             dense(residual, x_SD.device),
-            rows_term(x_SD, objectives["residual"], rows),
+            x_SD,
+            objectives["residual"],
+            rows,
             settings["residual"],
             seed=seed,
             progress=progress,

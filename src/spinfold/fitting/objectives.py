@@ -17,7 +17,7 @@ from spinfold.networks import Network
 
 __all__ = ["distillation_loss", "next_token_loss"]
 
-_TOKENS_PER_CHUNK = 4096
+_TOKENS_PER_CHUNK, _BYTES_PER_CHUNK = 4096, 1 << 30
 _NO_TARGET = -100
 
 
@@ -28,7 +28,7 @@ def next_token_loss(network: Network, ids_BT: Tensor) -> Tensor:
     def of_chunk(h_PD: Tensor, t_P: Tensor) -> Tensor:
         return F.cross_entropy(network.logits(h_PD).float(), t_P, reduction="sum")
 
-    return _mean_over_chunks(of_chunk, hidden_PD, ids_BT[:, 1:].flatten())
+    return _mean_over_chunks(network, of_chunk, hidden_PD, ids_BT[:, 1:].flatten())
 
 
 def distillation_loss(
@@ -49,12 +49,13 @@ def distillation_loss(
         loss = F.kl_div(logp_PV, logq_PV, reduction="sum", log_target=True)
         return loss + next_token * F.nll_loss(logp_PV, t_P, ignore_index=_NO_TARGET, reduction="sum")
 
-    return _mean_over_chunks(of_chunk, hidden_PD, original_BTD.flatten(0, 1), targets_P)
+    return _mean_over_chunks(network, of_chunk, hidden_PD, original_BTD.flatten(0, 1), targets_P)
 
 
-def _mean_over_chunks(of_chunk: Callable[..., Tensor], *of_tokens: Tensor) -> Tensor:
+def _mean_over_chunks(network: Network, of_chunk: Callable[..., Tensor], *of_tokens: Tensor) -> Tensor:
     total = torch.zeros((), device=of_tokens[0].device)
-    for chunk in zip(*(x.split(_TOKENS_PER_CHUNK) for x in of_tokens), strict=True):
+    size = max(1, min(_TOKENS_PER_CHUNK, _BYTES_PER_CHUNK // (4 * network.head.out_features)))
+    for chunk in zip(*(x.split(size) for x in of_tokens), strict=True):
         # Nothing here is random, and a generator's state can't be read inside a CUDA graph.
         total = total + cast(Tensor, checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False))
     return total / len(of_tokens[0])

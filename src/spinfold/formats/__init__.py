@@ -1,17 +1,18 @@
 """Number formats: the grids that weights, activations and the KV cache are rounded to.
 
-A KV-cache format is an `IntFormat` too: `fake_quantize` on `(..., heads, head size)` gives each head of
-each token its own grid.
+Of the KV cache a `CacheFormat` says which grids keys and values have, and which tokens are on them.
 """
 
 from spinfold.formats.activation import fake_quantize
 from spinfold.formats.base import Format
+from spinfold.formats.cache import CacheFormat
 from spinfold.formats.integer import IntFormat
 from spinfold.formats.microscaling import FLOAT_FORMATS, FloatFormat
 from spinfold.formats.weights import ClipSearch, Grid, QuantizedWeight, fit_grid
 
 __all__ = [
     "FLOAT_FORMATS",
+    "CacheFormat",
     "ClipSearch",
     "FloatFormat",
     "Format",

@@ -34,9 +34,13 @@ def fake_quantize(x: Tensor, fmt: Format, *, scale_gradient: bool = False, clip:
     scale, all that shares it): it never turns into a number.
     Raises SpinfoldError if groups do not fit.
     """
-    ratio = torch.full((), fmt.clip, dtype=compute_dtype(x), device=x.device) if clip is None else clip
-    quantized: Tensor = (_RangeAware if scale_gradient else _StraightThrough).apply(x, ratio, fmt)
+    quantized: Tensor = (_RangeAware if scale_gradient else _StraightThrough).apply(x, clip, fmt)
     return quantized
+
+
+def _ratio(clip: Tensor | None, x: Tensor, fmt: Format) -> Tensor:
+    """The clip ratio as a tensor."""
+    return torch.full((), fmt.clip, dtype=compute_dtype(x), device=x.device) if clip is None else clip
 
 
 def _has_kernel(x: Tensor, fmt: Format) -> bool:
@@ -47,15 +51,16 @@ class _StraightThrough(torch.autograd.Function):
     """Forward `_on_grid`, backward identity, so nothing is saved."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor, fmt: Format) -> Tensor:
+    def forward(ctx: Any, x: Tensor, clip: Tensor | None, fmt: Format) -> Tensor:
         if not _has_kernel(x, fmt):
-            return _on_grid(x, clip, fmt)
+            return _on_grid(x, _ratio(clip, x, fmt), fmt)
+        ratio, width = fmt.clip if clip is None else clip, fmt.group_of(x.shape[-1])
         if isinstance(fmt, IntFormat):
             from spinfold.kernels.fake_quant import fake_quant
 
-            return fake_quant(x, clip, fmt.group_of(x.shape[-1]), fmt.low, fmt.high, fmt.symmetric)
+            return fake_quant(x, ratio, width, fmt.low, fmt.high, fmt.symmetric)
         assert isinstance(fmt, FloatFormat)
-        return _on_blocks(x, clip, fmt)
+        return _on_blocks(x, ratio, fmt)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -66,37 +71,38 @@ class _RangeAware(torch.autograd.Function):
     """Forward `_on_grid`, backward its range gradient, which recomputes what it needs from x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor, fmt: Format) -> Tensor:
+    def forward(ctx: Any, x: Tensor, clip: Tensor | None, fmt: Format) -> Tensor:
         ctx.save_for_backward(x, clip)
         ctx.fmt = fmt
         return _StraightThrough.forward(ctx, x, clip, fmt)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (x, clip), fmt = ctx.saved_tensors, ctx.fmt
-        if isinstance(fmt, FloatFormat):
-            return *_block_gradient(x, grads[0], clip, fmt), None
-        if _has_kernel(x, fmt):
-            from spinfold.kernels.fake_quant import fake_quant_gradient
-
-            width = fmt.group_of(x.shape[-1])
-            return *fake_quant_gradient(x, grads[0], clip, width, fmt.low, fmt.high, fmt.symmetric), None
-        return *_range_gradient(x, grads[0], clip, fmt), None
+        by_x, by_clip = _gradient(x, grads[0], clip, fmt)
+        return by_x, None if clip is None else by_clip, None
 
 
-def _on_blocks(x: Tensor, clip: Tensor, fmt: FloatFormat) -> Tensor:
+def _gradient(x: Tensor, grad: Tensor, clip: Tensor | None, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Those of `_on_grid` by x and clip."""
+    if isinstance(fmt, FloatFormat):
+        return _block_gradient(x, grad, _ratio(clip, x, fmt), fmt)
+    assert isinstance(fmt, IntFormat)
+    if not _has_kernel(x, fmt):
+        return _range_gradient(x, grad, _ratio(clip, x, fmt), fmt)
+    from spinfold.kernels.fake_quant import fake_quant_gradient
+
+    ratio = fmt.clip if clip is None else clip
+    return fake_quant_gradient(x, grad, ratio, fmt.group_of(x.shape[-1]), fmt.low, fmt.high, fmt.symmetric)
+
+
+def _on_blocks(x: Tensor, clip: Tensor | float, fmt: FloatFormat) -> Tensor:
     """`_on_grid` by the kernel for floating-point formats."""
-    from spinfold.kernels.fake_quant_float import Elements, fake_quant_float
+    from spinfold.kernels.fake_quant_float import fake_quant_float
 
-    element, scale = (
-        Elements(one.mantissa_bits, one.smallest_normal, one.largest)
-        for one in (fmt.elements, ELEMENTS.get(fmt.scale, fmt.elements))
-    )
-    whole = None
-    if fmt.outer:
-        whole = x.abs().amax(-1) if fmt.outer == "row" else x.abs().amax().expand(x.shape[:-1])
-        whole = whole.float()
-    return fake_quant_float(x, clip, whole, fmt.group_of(x.shape[-1]), fmt.scale, fmt.by_sign, element, scale)
+    element, scale = (one.for_kernels for one in (fmt.elements, ELEMENTS.get(fmt.scale, fmt.elements)))
+    width = fmt.group_of(x.shape[-1])
+    return fake_quant_float(x, clip, width, fmt.scale, fmt.by_sign, fmt.outer, element, scale)
 
 
 def _grid_of(x_Gg: Tensor, clip: Tensor, fmt: Format) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

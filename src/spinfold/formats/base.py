@@ -124,5 +124,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def extent(x: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest number along the last axis (kept as size 1), widened to contain zero."""
-    low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    if x.requires_grad and torch.is_grad_enabled():  # in PyTorch 2.11 aminmax has no derivative
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    else:
+        low, high = torch.aminmax(x, dim=-1, keepdim=True)
     return low.clamp(max=0), high.clamp(min=0)

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from spinfold.errors import SpinfoldError
 from spinfold.formats.base import Format
+from spinfold.kernels import Elements
 
 __all__ = ["ELEMENTS", "FLOAT_FORMATS", "Element", "FloatFormat", "Scale"]
 
@@ -70,6 +71,11 @@ class Element:
     def smallest_normal(self) -> float:
         """2^(1 - bias)."""
         return math.ldexp(1.0, 2 - (1 << self.exponent_bits - 1))
+
+    @property
+    def for_kernels(self) -> Elements:
+        """What the kernels need to know of it."""
+        return Elements(self.mantissa_bits, self.smallest_normal, self.largest)
 
     def nearest(self, x: Tensor) -> Tensor:
         """The nearest element, ties to even, saturating; NaN stays NaN. fp32 or fp64, a new tensor."""

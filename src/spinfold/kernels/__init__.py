@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["kernels_run_on"]
+__all__ = ["Elements", "kernels_run_on"]
+
+
+class Elements(NamedTuple):
+    """A kind of floating-point number: the bits of its mantissa, 2^(1 - bias), and the largest number."""
+
+    mantissa_bits: int
+    smallest_normal: float
+    largest: float
 
 
 @cache

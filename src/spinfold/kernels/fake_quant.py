@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinfold.kernels.groups import clip_argument, extremes, largest, tile, warps
 from spinfold.kernels.rounding import round_even
 
 __all__ = ["fake_quant", "fake_quant_gradient"]
@@ -18,23 +19,23 @@ __all__ = ["fake_quant", "fake_quant_gradient"]
 
 @triton.jit
 def _fake_quant(
-    x_ptr, y_ptr, clip_ptr, num_rows, width, q_low, q_high,
-    SYMMETRIC: tl.constexpr, TILE_R: tl.constexpr, TILE_W: tl.constexpr,
+    x_ptr, y_ptr, clip_ptr, clip, num_rows, width, q_low, q_high,
+    LOAD_CLIP: tl.constexpr, SYMMETRIC: tl.constexpr, TILE_R: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    clip = tl.load(clip_ptr)
-    row_R = tl.program_id(0).to(tl.int64) * TILE_R + tl.arange(0, TILE_R)
-    col_W = tl.arange(0, TILE_W)
-    offset_RW = row_R[:, None] * width + col_W[None, :]
-    mask_RW = (row_R < num_rows)[:, None] & (col_W < width)[None, :]
+    if LOAD_CLIP:
+        clip = tl.load(clip_ptr)
+    _, offset_RW, mask_RW = tile(num_rows, width, TILE_R, TILE_W)
     x_RW = tl.load(x_ptr + offset_RW, mask=mask_RW, other=0.0).to(tl.float32)
 
-    low_R = tl.minimum(tl.min(x_RW, axis=1), 0.0) * clip
-    high_R = tl.maximum(tl.max(x_RW, axis=1), 0.0) * clip
-    span_R = tl.maximum(high_R, -low_R) if SYMMETRIC else high_R - low_R
+    if SYMMETRIC:
+        span_R = largest(x_RW) * clip
+        spoilt_R = span_R * 0.0
+    else:
+        low_R, high_R, spoilt_R = extremes(x_RW)
+        low_R, high_R = tl.minimum(low_R, 0.0) * clip, tl.maximum(high_R, 0.0) * clip
+        span_R = high_R - low_R
     scale_R = tl.div_rn(span_R, tl.zeros_like(span_R) + q_high)
-    scale_R = tl.where(scale_R == 0.0, 1.0, scale_R)
-    # min and max skip NaN here, unlike torch's: 0·x is 0, or NaN if x is NaN or infinite, and spoils the row.
-    scale_R += tl.sum(x_RW * 0.0, axis=1)
+    scale_R = tl.where(scale_R == 0.0, 1.0, scale_R) + spoilt_R
 
     q_RW = round_even(tl.div_rn(x_RW, tl.broadcast_to(scale_R[:, None], (TILE_R, TILE_W))))
     if SYMMETRIC:
@@ -46,10 +47,10 @@ def _fake_quant(
     tl.store(y_ptr + offset_RW, y_RW.to(y_ptr.dtype.element_ty), mask=mask_RW)
 
 
-def fake_quant(x: Tensor, clip: Tensor, width: int, q_low: int, q_high: int, symmetric: bool) -> Tensor:
+def fake_quant(x: Tensor, clip: Tensor | float, width: int, q_low: int, q_high: int, symmetric: bool) -> Tensor:
     """Fake-quantize each run of `width` neighbours of `x` (fp32, bf16 or fp16; width divides the last axis).
 
-    `clip` is one fp32 number on the device.
+    `clip` is a number, or one fp32 number on the device.
     """
     x = x.contiguous()
     y = torch.empty_like(x)
@@ -60,22 +61,20 @@ def fake_quant(x: Tensor, clip: Tensor, width: int, q_low: int, q_high: int, sym
     tile_r = max(1, 2048 // tile_w)
     # Fused multiply-add would round once where the definition rounds twice.
     _fake_quant[(triton.cdiv(num_rows, tile_r),)](
-        x, y, clip, num_rows, width, float(q_low), float(q_high), SYMMETRIC=symmetric,
-        TILE_R=tile_r, TILE_W=tile_w, num_warps=min(16, max(4, tile_w // 1024)), enable_fp_fusion=False,
+        x, y, num_rows=num_rows, width=width, q_low=float(q_low), q_high=float(q_high), SYMMETRIC=symmetric,
+        TILE_R=tile_r, TILE_W=tile_w, num_warps=warps(tile_w), enable_fp_fusion=False, **clip_argument(clip, x),
     )  # fmt: skip
     return y
 
 
 @triton.jit
 def _gradient(
-    x_ptr, g_ptr, d_ptr, by_clip_ptr, clip_ptr, num_rows, width, q_low, q_high,
-    SYMMETRIC: tl.constexpr, TILE_R: tl.constexpr, TILE_W: tl.constexpr,
+    x_ptr, g_ptr, d_ptr, by_clip_ptr, clip_ptr, clip, num_rows, width, q_low, q_high,
+    LOAD_CLIP: tl.constexpr, SYMMETRIC: tl.constexpr, TILE_R: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    clip = tl.load(clip_ptr)
-    row_R = tl.program_id(0).to(tl.int64) * TILE_R + tl.arange(0, TILE_R)
-    col_W = tl.arange(0, TILE_W)
-    offset_RW = row_R[:, None] * width + col_W[None, :]
-    mask_RW = (row_R < num_rows)[:, None] & (col_W < width)[None, :]
+    if LOAD_CLIP:
+        clip = tl.load(clip_ptr)
+    row_R, offset_RW, mask_RW = tile(num_rows, width, TILE_R, TILE_W)
     x_RW = tl.load(x_ptr + offset_RW, mask=mask_RW, other=0.0).to(tl.float32)
     g_RW = tl.load(g_ptr + offset_RW, mask=mask_RW, other=0.0).to(tl.float32)
 
@@ -117,7 +116,7 @@ def _gradient(
 
 
 def fake_quant_gradient(
-    x: Tensor, grad: Tensor, clip: Tensor, width: int, q_low: int, q_high: int, symmetric: bool
+    x: Tensor, grad: Tensor, clip: Tensor | float, width: int, q_low: int, q_high: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients with respect to `x` and `clip` of `fake_quant` with range-dependent scales, roundings
     straight-through.
@@ -131,7 +130,7 @@ def fake_quant_gradient(
     tile_w = triton.next_power_of_2(width)
     tile_r = max(1, 2048 // tile_w)
     _gradient[(triton.cdiv(num_rows, tile_r),)](
-        x, grad, out, by_clip_R, clip, num_rows, width, float(q_low), float(q_high), SYMMETRIC=symmetric,
-        TILE_R=tile_r, TILE_W=tile_w, num_warps=min(16, max(4, tile_w // 1024)),
+        x, grad, out, by_clip_R, num_rows=num_rows, width=width, q_low=float(q_low), q_high=float(q_high),
+        SYMMETRIC=symmetric, TILE_R=tile_r, TILE_W=tile_w, num_warps=warps(tile_w), **clip_argument(clip, x),
     )  # fmt: skip
     return out, by_clip_R.sum()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spinfold.errors import Verdict
 from spinfold.maps.base import Cost, Map
-from spinfold.maps.linear import check_width, compute_dtype
+from spinfold.maps.linear import Orthogonal, check_width, compute_dtype
 
 __all__ = ["BlockDiagonal", "Chain", "Kronecker"]
 
@@ -36,8 +36,11 @@ class _Composed(Map):
         """`apply` without the casts."""
 
     def apply(self, x: Tensor) -> Tensor:
-        # One rounding at the end: a part would otherwise round its result to x's dtype before the next one.
-        return self._apply(check_width(x, self.size).to(compute_dtype(x))).to(x.dtype)
+        # One rounding at the end: a part would otherwise round its result to x's dtype before the next one. Under
+        # autocast rotations round it in any case, and a cast would only cost a pass.
+        rotations = all(isinstance(part, Orthogonal) for part in self.parts.values())
+        plain = rotations and torch.is_autocast_enabled(x.device.type)
+        return self._apply(check_width(x, self.size).to(x.dtype if plain else compute_dtype(x))).to(x.dtype)
 
     def explain(self, atol: float = 1e-6) -> Verdict:
         remarks = []
@@ -67,7 +70,12 @@ class Kronecker(_Composed):
 
     def _apply(self, x: Tensor) -> Tensor:
         x_AB = x.reshape(*x.shape[:-1], self.left.size, self.right.size)
-        return self.left.apply(self.right.apply(x_AB).mT).mT.flatten(-2)
+        y_AB = self.right.apply(x_AB)
+        if x.is_cuda and isinstance(self.left, Orthogonal) and not self.left.R_NN.requires_grad:
+            # From the left, one product per token: from the right it would copy y twice to transpose it. One that is
+            # learned would get a gradient per token from this.
+            return (self.left.R_NN.mT.to(y_AB.dtype) @ y_AB).flatten(-2)
+        return self.left.apply(y_AB.mT).mT.flatten(-2)
 
     def inverse(self) -> Kronecker:
         return Kronecker(self.left.inverse(), self.right.inverse())

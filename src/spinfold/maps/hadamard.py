@@ -9,20 +9,26 @@ Shapes: N size of the map, K order of a Kronecker factor, S = N / K, T everythin
 
 from __future__ import annotations
 
-from functools import lru_cache
-from math import sqrt
+from functools import lru_cache, reduce
+from math import prod, sqrt
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from spinfold.errors import Verdict
+from spinfold.kernels import kernels_run_on
 from spinfold.maps.base import Cost, Map
 from spinfold.maps.composed import Kronecker
 from spinfold.maps.hadamard_orders import factorise, hadamard_matrix
-from spinfold.maps.linear import check_width, compute_dtype, without_autocast
+from spinfold.maps.linear import Orthogonal, check_width, compute_dtype, without_autocast
 
-__all__ = ["Hadamard", "kronecker_hadamard", "random_hadamard"]
+__all__ = ["SHORT", "Hadamard", "kronecker_hadamard", "random_hadamard"]
+
+SHORT = (32, 64, 128)
+"""Sizes for which a product with the whole matrix is cheapest."""
 
 
 class Hadamard(Map):
@@ -48,8 +54,11 @@ class Hadamard(Map):
         self.signs_N = None if signs_N is None else signs_N.to(torch.int8)
         self.transposed = transposed
         self.block_size, self.orders = _largest_known_block(size)
+        self._dense: Tensor | None = None
 
     def apply(self, x: Tensor) -> Tensor:
+        if kernels_run_on(x) and self.has_kernel(x):
+            return _ByKernel.apply(check_width(x, self.size), self)
         dtype = compute_dtype(x)
         y = check_width(x, self.size).to(dtype)
         y = y if self.transposed else self._flip(y)
@@ -73,6 +82,35 @@ class Hadamard(Map):
     def _flip(self, x: Tensor) -> Tensor:
         return x if self.signs_N is None else x * self.signs_N.to(device=x.device, dtype=x.dtype)
 
+    def has_kernel(self, x: Tensor, width: int = 0) -> bool:
+        """Can one kernel apply the map and put groups of `width` neighbours, or rows, on their grids?"""
+        if self.size in SHORT:
+            return width == 0 or (width & (width - 1) == 0 and self.size % width == 0)
+        return _tiling(self.orders, x, width) is not None
+
+    def by_kernel(self, x: Tensor, **options: Any) -> Any:
+        """`kernels.hadamard.hadamard` of x, with its options; for short rows `kernels.heads.rotate_heads`."""
+        if self.size in SHORT:
+            return self._by_dense_kernel(x, **options)
+        from spinfold.kernels.hadamard import hadamard
+
+        grid = options.get("grid")
+        tiling = options.pop("tiling", None) or _tiling(self.orders, x, grid.width if grid else 0)
+        assert tiling is not None
+        dtype = torch.float16 if x.dtype == torch.float32 else x.dtype
+        left, right = _two_factors(self.orders, tiling[:3], x.device, dtype, self.transposed)
+        signs = None if self.signs_N is None else self.signs_N.to(x.device)
+        return hadamard(x, left, right, tiling, self.block_size, signs=signs, signs_after=self.transposed, **options)
+
+    def _by_dense_kernel(self, x: Tensor, grid: Any = None, **options: Any) -> Any:
+        from spinfold.kernels.heads import rotate_heads, split_matrix
+
+        if self._dense is None or self._dense.device != x.device:
+            eye_NN = torch.eye(self.size, dtype=torch.float64)
+            self._dense = split_matrix((self.apply(eye_NN) * sqrt(self.size)).round()).to(x.device)
+        grid = grid and grid._replace(width=grid.width or self.size)
+        return rotate_heads(x, self._dense, self.size**-0.5, grid=grid, **options)
+
     @property
     def describe(self) -> str:
         """One sentence: the order, its Kronecker factors, and the blocks if there are several."""
@@ -84,6 +122,25 @@ class Hadamard(Map):
             f"{signs} block-diagonal Hadamard: {self.size // self.block_size} blocks of {self.block_size} = {factors}, "
             f"because no Hadamard matrix of order {self.size} is known here"
         )
+
+    def as_kronecker(self) -> Map:
+        """The same map as two dense ones, of sizes as near as can be, one on each axis of x seen as a matrix; itself
+        where it has signs or blocks.
+        """
+        if self.signs_N is not None or self.block_size < self.size:
+            return self
+        orders_F = [
+            k
+            for order in self.orders
+            for k in ([2] * (order.bit_length() - 1) if order & (order - 1) == 0 else [order])
+        ]
+        cuts = range(len(orders_F) + 1)
+        cut = min(cuts, key=lambda c: max(prod(orders_F[:c]), prod(orders_F[c:])))
+        parts = []
+        for orders in (orders_F[:cut], orders_F[cut:]):
+            H_KK = reduce(torch.kron, (_factor(k, torch.device("cpu"), torch.float64) for k in orders), torch.eye(1))
+            parts.append(Orthogonal((H_KK.mT if self.transposed else H_KK).float() / sqrt(len(H_KK))))
+        return Kronecker(*parts)
 
     def inverse(self) -> Hadamard:
         return Hadamard(self.size, self.seed, self.signs_N, transposed=not self.transposed)
@@ -149,3 +206,53 @@ def _factor(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     # Cached across calls: made outside inference mode, or a first call there would make it useless for autograd.
     with torch.inference_mode(False):
         return torch.tensor(hadamard_matrix(order), dtype=dtype, device=device)
+
+
+def _tiling(orders: tuple[int, ...], x: Tensor, width: int = 0) -> Any:
+    from spinfold.kernels.grids import shared_memory
+    from spinfold.kernels.hadamard import best_tiling
+
+    return best_tiling(orders, width, x.numel() // prod(orders), x.element_size(), shared_memory(x.device))
+
+
+@lru_cache(maxsize=64)
+def _two_factors(
+    orders: tuple[int, ...], cut: tuple[int, int, int], device: torch.device, dtype: torch.dtype, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """H_aᵀ in fp16 and H_b in `dtype` with H_{k_1} ⊗ … = H_a ⊗ H_b, for the first three numbers of a `Tiling`.
+
+    With `transposed`, those of the transpose.
+    """
+    columns, rows, more_rows = cut
+    left, right = np.ones((1, 1), np.int8), np.ones((1, 1), np.int8)
+    for order in reversed(orders):
+        while order > 1:
+            # Sylvester's matrices are made of H_2, so a cut may go through them.
+            factor = 2 if order & (order - 1) == 0 else order
+            if len(right) < columns:
+                right = np.kron(hadamard_matrix(factor), right)
+            else:
+                left = np.kron(hadamard_matrix(factor), left)
+            order //= factor
+    left, right = (left, right.T) if transposed else (left.T, right)
+    with torch.inference_mode(False):
+        return tuple(  # type: ignore[return-value]
+            F.pad(torch.tensor(matrix), (0, size - len(matrix)) * 2).to(device, kind).contiguous()
+            for matrix, size, kind in (
+                (left, rows + more_rows, torch.float16),
+                (right, 1 << (columns - 1).bit_length(), dtype),
+            )
+        )
+
+
+class _ByKernel(torch.autograd.Function):
+    """`Hadamard.apply` on a GPU; orthogonal, so its gradient goes through the inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, map: Hadamard) -> Tensor:
+        ctx.map = map
+        return map.by_kernel(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.map.inverse().apply(grads[0]), None

@@ -45,6 +45,7 @@ class LowRankCorrection(Map):
             raise ValueError(f"U is (N, R) and K (R, R) with 1 <= R <= N, not {tuple(U_NR.shape)} {tuple(K_RR.shape)}")
         self.U_NR, self.K_RR = U_NR, K_RR
         self.size, self.rank = size, rank
+        self._factors: tuple[Any, tuple[Tensor, Tensor]] | None = None
 
     def apply(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
@@ -52,6 +53,15 @@ class LowRankCorrection(Map):
         U_NR, K_RR = self.U_NR.to(dtype).contiguous(), self.K_RR.to(dtype).contiguous()
         with without_autocast(x.device):
             return (x_TN + ((x_TN @ U_NR) @ K_RR) @ U_NR.T).to(x.dtype)
+
+    def two_factors(self, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """U and `factor` K Uᵀ in `dtype`, with which x M = x + (x U) (K Uᵀ); kept until U or K change."""
+        key = dtype, factor, self.U_NR._version, self.K_RR._version
+        if self._factors is None or self._factors[0] != key:
+            with torch.no_grad():
+                V_RN = factor * self.K_RR.double() @ self.U_NR.double().T
+                self._factors = key, (self.U_NR.detach().to(dtype), V_RN.to(dtype))
+        return self._factors[1]
 
     def inverse(self) -> LowRankCorrection:
         return LowRankCorrection(self.U_NR, -torch.linalg.solve(self._inner(), self.K_RR))

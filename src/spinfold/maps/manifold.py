@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from spinfold.compute import products
 from spinfold.errors import SpinfoldError
 
 __all__ = [
@@ -42,6 +43,8 @@ __all__ = [
 StepRule = Literal["capped", "spectral"]
 
 _NEWTON_STEPS = 12
+_LARGE = 2048
+_STACKED = 1 << 26  # numbers of a stack: a step holds about ten times as many
 _DRIFT = 1e-5  # the optimisers keep max |RᵀR - I| at or below this
 
 
@@ -104,11 +107,26 @@ def cayley(A_NN: Tensor, bound: float = 2.0) -> Tensor:
     if bound > 1:
         rotation_NN: Tensor = torch.linalg.solve(eye_NN - X_NN, eye_NN + X_NN)
         return rotation_NN
-    inverse_NN, power_NN, remainder = eye_NN + X_NN, X_NN, (bound / 2) ** 2
-    while remainder > torch.finfo(A_NN.dtype).eps / 8:
+    inverse_NN = _inverse(X_NN, bound)
+    return inverse_NN + X_NN @ inverse_NN
+
+
+def _inverse(X_NN: Tensor, bound: float) -> Tensor:
+    """(I - X)⁻¹ for ‖X‖₂ ≤ bound/2 < 1."""
+    inverse_NN, power_NN, remainder = _eye_like(X_NN) + X_NN, X_NN, (bound / 2) ** 2
+    while remainder > torch.finfo(X_NN.dtype).eps / 8:
         power_NN, remainder = power_NN @ power_NN, remainder**2
         inverse_NN = inverse_NN + inverse_NN @ power_NN
-    return inverse_NN + X_NN @ inverse_NN
+    return inverse_NN
+
+
+def _turned(R_NN: Tensor, A_NN: Tensor, bound: float) -> Tensor:
+    """R cay(A), `bound` as in `cayley`: as R + R (cay(A) - I), whose products may be coarse, since their errors are
+    relative to the step, not to R. cay(A) - I = A (I - A/2)⁻¹.
+    """
+    if bound > 1:
+        return R_NN + R_NN @ (cayley(A_NN, bound) - _eye_like(A_NN))
+    return R_NN + R_NN @ (A_NN @ _inverse(A_NN / 2, bound))
 
 
 def spectral_norm(A_NN: Tensor) -> Tensor:
@@ -141,15 +159,15 @@ def cayley_step(R_NN: Tensor, G_NN: Tensor, lr: float, rule: StepRule = "spectra
         return P_NN
     if rule == "spectral":
         norm = spectral_norm(A_NN)[..., None, None].clamp(min=torch.finfo(A_NN.dtype).tiny)
-        return R_NN @ cayley(-lr * (A_NN / norm), bound=1.5 * lr)  # the norm is a lower estimate
+        return _turned(R_NN, -lr * (A_NN / norm), bound=1.5 * lr)  # the norm is a lower estimate
     raise ValueError(f"the rules are 'capped' and 'spectral', not {rule!r}")
 
 
 class _OrthogonalOptimiser(ABC):
     """The loop of both optimisers: clip the joint gradient norm, step every matrix, stay on the manifold.
 
-    Parameters of one shape move together, as one stack: a network has one value rotation per layer, and thirty small
-    solves cost thirty times one.
+    Parameters of one shape move together, as one stack, or as a few if they are large: a network has one value rotation
+    per layer, and thirty small solves cost thirty times one.
     """
 
     def __init__(self, params: Sequence[Tensor], lr: float, clip_grad_norm: float | None = None) -> None:
@@ -158,7 +176,10 @@ class _OrthogonalOptimiser(ABC):
                 raise ValueError(f"rotations are square and fp32 or fp64, not {tuple(R_NN.shape)} {R_NN.dtype}")
         self.params = list(params)
         shapes = dict.fromkeys(R_NN.shape for R_NN in self.params)
-        self.stacks = [[R_NN for R_NN in self.params if R_NN.shape == shape] for shape in shapes]
+        self.stacks: list[list[Tensor]] = []
+        for shape in shapes:
+            alike, most = [R_NN for R_NN in self.params if R_NN.shape == shape], max(1, _STACKED // shape.numel())
+            self.stacks += [alike[i : i + most] for i in range(0, len(alike), most)]
         self.lr = lr
         self.clip_grad_norm = clip_grad_norm
 
@@ -169,7 +190,10 @@ class _OrthogonalOptimiser(ABC):
             torch.nn.utils.clip_grad_norm_(self.params, self.clip_grad_norm)
         for index, stack in enumerate(self.stacks):
             G_SNN = torch.stack([torch.zeros_like(R_NN) if R_NN.grad is None else R_NN.grad for R_NN in stack])
-            moved_SNN = _restore(self._move(index, torch.stack(stack), G_SNN, self.lr * lr_scale))
+            large = stack[0].is_cuda and stack[0].shape[-1] >= _LARGE  # a step is coarse, and `_restore` is not
+            with products("tf32" if large else "fp32"):
+                moved_SNN = self._move(index, torch.stack(stack), G_SNN, self.lr * lr_scale)
+            moved_SNN = _restore(moved_SNN)
             for R_NN, moved_NN in zip(stack, moved_SNN, strict=True):
                 if R_NN.grad is not None:
                     R_NN.copy_(moved_NN)
@@ -234,7 +258,7 @@ class RiemannianAdam(_OrthogonalOptimiser):
         mean_SNN = first_SNN / (1 - beta1 ** self.num_steps[index])
         scale = (second / (1 - beta2 ** self.num_steps[index])).sqrt() + self.eps
         # Adam's mean is at most about its scale, ‖A‖_F ≤ √N; a skew matrix has each singular value twice.
-        return R_SNN @ cayley(-lr * mean_SNN / scale, bound=lr * (A_SNN.shape[-1] / 2) ** 0.5)
+        return _turned(R_SNN, -lr * mean_SNN / scale, bound=lr * (A_SNN.shape[-1] / 2) ** 0.5)
 
 
 def _restore(R_NN: Tensor) -> Tensor:

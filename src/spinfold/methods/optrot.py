@@ -25,11 +25,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from spinfold.distributed import share, spread, total
 from spinfold.fitting.end_to_end import FitLog
 from spinfold.fitting.layerwise import LayerwiseSettings, RowObjective, Term, choose, dense, fit_layerwise
 from spinfold.fitting.row_objectives import fourth_power, normalised_fourth_power
-from spinfold.folding import fold
+from spinfold.folding import fold_layers
 from spinfold.maps import Map, Orthogonal, SiteMaps
 from spinfold.methods.base import FitTask, Method
 from spinfold.methods.quarot import hadamard_maps
@@ -42,6 +44,7 @@ Cost = Callable[[str, Sequence[int], Sequence[Tensor], Tensor], Tensor]
 """`cost(wire, layers, weights, R)`: the cost, a scalar, of rotated weights `(L, O, I)` that read `wire` in `layers`."""
 
 _LAYERS = 3
+_LARGE = 1 << 28  # weights
 _RESIDUAL = LayerwiseSettings(steps=350, learning_rate=0.4, optimiser="spectral")
 _VALUE = LayerwiseSettings(steps=60, learning_rate=0.3, optimiser="spectral")
 
@@ -62,23 +65,34 @@ def residual_term(network: Network, cost: Cost, layers_per_step: int) -> Term:
     """
     layers, waiting = network.layers, list[int]()
     drawn = min(layers_per_step, len(layers))
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
     def term(R_DD: Tensor, draws: torch.Generator) -> Tensor:
-        some: dict[tuple[str, ...], list[Layer]] = {}
+        picked: list[Layer] = []
         for _ in range(drawn):
             if not waiting:
                 waiting.extend(torch.randperm(len(layers), generator=draws).tolist())
-            layer = layers[waiting.pop()]
-            some.setdefault(tuple(layer.linears), []).append(layer)
-        total = torch.zeros((), device=R_DD.device)
-        for alike in some.values():
-            for wire, linears in alike[0].groups.items():
-                w_LOI = torch.stack([torch.cat([x.weight_OI for x in layer.groups[wire]]) for layer in alike])
-                writes = wire in ("attention_out", "down")
-                heights = [len(x.weight_OI) for x in linears]
-                rotated = [R_DD.mT @ w for w in w_LOI.split(heights, 1)] if writes else (w_LOI @ R_DD).split(heights, 1)
-                total = total + cost(wire, [layer.index for layer in alike], rotated, R_DD)
-        return total * (len(layers) / drawn)
+            picked.append(layers[waiting.pop()])
+        R_DD = spread(R_DD)
+        own: dict[tuple[str, ...], list[Layer]] = {}
+        for layer in picked[share(drawn)]:
+            own.setdefault(tuple(layer.linears), []).append(layer)
+        found = 0 * R_DD.sum()  # a process without a layer has a gradient too
+        for alike in own.values():
+            # Large layers one by one, and what is made of them again in the backward pass: to hold it takes gigabytes.
+            large = sum(x.weight_OI.numel() for layer in alike for x in layer.foldable) > _LARGE
+            for some in [[layer] for layer in alike] if large else [alike]:
+                for wire in some[0].groups:
+                    args = some, wire, R_DD
+                    found = found + (again(of_wire, *args) if large else of_wire(*args))
+        return total(found) * (len(layers) / drawn)
+
+    def of_wire(some: list[Layer], wire: str, R_DD: Tensor) -> Tensor:
+        w_LOI = torch.stack([torch.cat([x.weight_OI for x in layer.groups[wire]]) for layer in some]).to(R_DD.dtype)
+        heights = [len(x.weight_OI) for x in some[0].groups[wire]]
+        writes = wire in ("attention_out", "down")
+        rotated = [R_DD.mT @ w for w in w_LOI.split(heights, 1)] if writes else (w_LOI @ R_DD).split(heights, 1)
+        return cost(wire, [layer.index for layer in some], rotated, R_DD)
 
     return term
 
@@ -86,15 +100,20 @@ def residual_term(network: Network, cost: Cost, layers_per_step: int) -> Term:
 def value_term(network: Network, cost: Cost) -> Term:
     """The cost of all W_v and W_o with a rotation `(L, H, H)` of each layer's heads; other maps are folded in."""
     layers: list[Layer] = network.layers
-    head_dim = layers[0].head_dim
-    v_LKHD = torch.stack([x.linears["v"].weight_OI.float().unflatten(0, (-1, head_dim)) for x in layers])
-    o_LDNH = torch.stack([x.linears["o"].weight_OI.float().unflatten(1, (-1, head_dim)) for x in layers])
-    everyone = range(len(layers))
+    own, head_dim = share(len(layers)), layers[0].head_dim
+    v, o = list[Tensor](), list[Tensor]()
+    for layer in layers[own] or layers[:1]:  # a process without a layer has tensors of none
+        with layer.present():
+            v.append(layer.linears["v"].weight_OI.float().unflatten(0, (-1, head_dim)))
+            o.append(layer.linears["o"].weight_OI.float().unflatten(1, (-1, head_dim)))
+    some = range(len(layers))[own]
+    v_LKHD, o_LDNH = torch.stack(v)[: len(some)], torch.stack(o)[: len(some)]
 
     def term(B_LHH: Tensor, _: torch.Generator) -> Tensor:
+        B_LHH = spread(B_LHH)[own]
         v_LOD = (B_LHH.mT[:, None] @ v_LKHD).flatten(1, 2)
         o_LDI = (o_LDNH.flatten(1, 2) @ B_LHH).reshape(*o_LDNH.shape[:2], -1)
-        return cost("qkv_input", everyone, [v_LOD], B_LHH) + cost("attention_out", everyone, [o_LDI], B_LHH)
+        return total(cost("qkv_input", some, [v_LOD], B_LHH) + cost("attention_out", some, [o_LDI], B_LHH))
 
     return term
 
@@ -115,6 +134,8 @@ def fit_to_weights(
     settings = partial(LayerwiseSettings.of, fit, compute=recipe.compute)
     if isinstance(maps.residual, Map):
         others = _folded(task.network, replace(maps, residual=None, query_key=None))
+        if not others.resident:  # every step needs some of it: all stays, in 16 bits, which is more than a fit needs
+            others = others.held(torch.bfloat16)
         R_DD, losses = fit_layerwise(
             dense(maps.residual, device),
             residual_term(others, residual_cost(maps), fit.batch or _LAYERS),
@@ -141,8 +162,9 @@ def fit_to_weights(
 
 
 def _folded(network: Network, maps: SiteMaps) -> Network:
-    twin = network.copy()
-    fold(twin, maps)
+    """A network whose layers, and no more, have these maps."""
+    twin = network.copy(share_ends=True)
+    fold_layers(twin, maps)
     return twin
 
 

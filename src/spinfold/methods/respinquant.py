@@ -23,6 +23,7 @@ Shapes: D residual width, H head_dim, B matrices of one kind.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -33,7 +34,7 @@ from spinfold.fitting.end_to_end import FitLog
 from spinfold.maps import Identity, Map, Orthogonal, SiteMaps, chain_of_bases, low_rank_rotation
 from spinfold.methods.base import QUANTIZERS, FitTask, Method
 from spinfold.methods.quarot import hadamard_maps
-from spinfold.methods.spinquant import fit_on_loss, settled
+from spinfold.methods.spinquant import fit_on_loss, fixed, settled
 
 __all__ = ["RESPINQUANT", "joined", "learnable_boundaries"]
 
@@ -51,7 +52,7 @@ def learnable_boundaries(maps: SiteMaps, num_layers: int, device: torch.device) 
         learned.append(start.matrix().float().to(device).requires_grad_())
         return Orthogonal(learned[-1])
 
-    here = maps.to(device)
+    here = maps.to(device).each_replaced(partial(fixed, device=device), ("query_key", "down"))
     if isinstance(here.residual, Map):
         bases = tuple(leaf(here.residual) for _ in range(2 * num_layers))
         here = replace(here, residual=(*bases, bases[-1]))

@@ -35,7 +35,8 @@ def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
     for site in task.sites:
         scales = []
         for layer in task.network.layers:
-            weight_max_N = torch.stack([linear.weight_OI.abs().amax(0) for linear in layer.groups[site]]).amax(0)
+            with layer.present():
+                weight_max_N = torch.stack([linear.weight_OI.abs().amax(0) for linear in layer.groups[site]]).amax(0)
             scales.append(smoothing_scales(maxima[layer.index, site], weight_max_N.float(), alpha))
         maps[site] = tuple(Diagonal(1 / s_N) for s_N in scales)
     return SiteMaps(**maps), FitLog()

@@ -3,12 +3,13 @@
     1. layer by layer, from random Hadamards, no back-propagation through the network. Where activations (for value and
        query_key: the cache) have no more bits than weights, a rotation is fitted to what flows along its own wires:
            min over orthogonal M of  mean ‖x M - Q(x M)‖²,  Q the site's own quantizer
+       (where Q's grids are of blocks, from the best of that Hadamard, one of the block's size, and none at all)
        residual: what all norms give, one basis for all; with `fit.rank` above 0 then one per block boundary, started
        there; value and query_key: per layer, what the KV cache stores. Elsewhere residual and value are fitted to the
        error that GPTQ leaves in the weights:
            min over R of  Σ_W Σ_rows ε(w̃) Σ_i D_i,  ε the mean squared rounding error of a row, D as in OptRot+
     2. end to end, `fit.steps` steps (0: none, as by default where weights are the coarsest), by Cayley SGD on
-           KL(original || quantized network)
+           KL(original || quantized network) + cross-entropy of the next token
        all of these maps together, the Kronecker factors of the down map, and the clip ratios if the recipe says so.
     3. with bases per boundary, an exact chain of changes of basis of at most `fit.rank` (see methods/respinquant.py).
 
@@ -23,23 +24,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from math import gcd
 
 import torch
 
 from spinfold.fitting.capture import Captured, capture, pooled
 from spinfold.fitting.end_to_end import FitLog
-from spinfold.fitting.layerwise import LayerwiseSettings, dense, fit_layerwise, rows_term
+from spinfold.fitting.layerwise import LayerwiseSettings, dense, fit_to_rows
 from spinfold.fitting.row_objectives import rounding_error
-from spinfold.formats import Format
-from spinfold.maps import Map, Orthogonal, SiteMaps, kronecker_hadamard
+from spinfold.formats import ClipSearch, Format, fit_grid
+from spinfold.maps import BlockDiagonal, Hadamard, Map, Orthogonal, SiteMaps, kronecker_hadamard, project
 from spinfold.methods.base import QUANTIZERS, FitTask, Method
 from spinfold.methods.optrot_plus import fit_to_feedback
 from spinfold.methods.quarot import hadamard_maps
 from spinfold.methods.respinquant import joined
 from spinfold.methods.spinquant import fit_on_loss, learnable, settled
-from spinfold.recipe import Bits, Fit
+from spinfold.recipe import Bits, Fit, Recipe
 
 __all__ = ["SPINFOLD"]
 
@@ -78,10 +79,22 @@ def _fit_to_weights(task: FitTask) -> tuple[SiteMaps, FitLog]:
     assert format is not None
 
     def left_by_gptq(w_LOI: torch.Tensor, variance_LI: torch.Tensor) -> torch.Tensor:
-        error_LOG = rounding_error(format.split(w_LOI), replace(format, group_size=None))
+        clip = _usual_clip(format, format.group_of(w_LOI.shape[-1]), task.recipe.clip_search)
+        error_LOG = rounding_error(format.split(w_LOI), replace(format, group_size=None, clip=clip))
         return (error_LOG * format.split(variance_LI).sum(-1)[:, None]).sum()
 
     return fit_to_feedback(task, left_by_gptq, fit=Fit())
+
+
+@cache
+def _usual_clip(format: Format, size: int, search: ClipSearch | None) -> float:
+    """The share of its range that a search leaves to a group of `size` normal numbers, which is what a rotated weight
+    looks like: at 3 bits little more than half."""
+    if search is None:
+        return 1.0
+    w_OI = torch.randn(256, size, generator=torch.Generator().manual_seed(0))
+    whole, found = (fit_grid(w_OI, replace(format, group_size=None), search=one) for one in (None, search))
+    return float((found.scale_OG.float() / whole.scale_OG.float()).mean())
 
 
 def _fit_to_wires(task: FitTask, start: SiteMaps, log: FitLog, *, residual: bool) -> tuple[SiteMaps, FitLog]:
@@ -93,8 +106,11 @@ def _fit_to_wires(task: FitTask, start: SiteMaps, log: FitLog, *, residual: bool
     layers = range(len(network.layers))
     quantizer = recipe.activation_format
     if residual and isinstance(start.residual, Map) and quantizer is not None:
-        first = dense(start.residual, network.device)
-        R_DD, losses = _rotate(task, first, pooled(captured, *_NORMS), quantizer, _GLOBAL, "fit residual basis")
+        x_SD = pooled(captured, *_NORMS)
+        first = _least(_starts(start.residual, quantizer, x_SD.device), x_SD, quantizer)
+        R_DD, losses = _rotate(task, first, x_SD, quantizer, _GLOBAL, "fit residual basis")
+        if quantizer.group_size:  # blocks leave little to learn, which mini-batches may miss
+            R_DD = _least([project(first.double()), R_DD], x_SD, quantizer)
         log, maps = FitLog(losses), replace(maps, residual=Orthogonal(R_DD))
         if recipe.fit.rank:
             x_BSD = torch.stack([captured[layer, wire] for layer in layers for wire in _NORMS])
@@ -104,15 +120,39 @@ def _fit_to_wires(task: FitTask, start: SiteMaps, log: FitLog, *, residual: bool
             )
             bases = tuple(Orthogonal(R_DD) for R_DD in R_BDD)
             log, maps = FitLog(losses), replace(maps, residual=(*bases, bases[-1]))
-    if head_quantizer := recipe.kv_format or recipe.activation_format:
-        if head_quantizer.group_size:  # blocks of a row may lie across heads
-            common = gcd(head_quantizer.group_size, network.layers[0].head_dim)
-            head_quantizer = replace(head_quantizer, group_size=common)
-        for site, wire in (("value", "value"), ("query_key", "key")):
-            if (before := getattr(start, site)) is not None:
-                fitted = _rotate_heads(task, before, captured, wire, head_quantizer)
-                maps = replace(maps, **{site: fitted})
+    for site, wire in (("value", "value"), ("query_key", "key")):
+        head_quantizer, before = _head_format(recipe, wire, network.layers[0].head_dim), getattr(start, site)
+        if head_quantizer is not None and before is not None:
+            maps = replace(maps, **{site: _rotate_heads(task, before, captured, wire, head_quantizer)})
     return maps, log
+
+
+def _starts(hadamard: Map, quantizer: Format, device: torch.device) -> list[torch.Tensor]:
+    """Where to start: at the Hadamard; for a grid of blocks perhaps at the block's own, or without mixing them."""
+    bases = [dense(hadamard, device)]
+    if quantizer.group_size:
+        common = gcd(quantizer.group_size, hadamard.size)
+        block = common & -common
+        bases.append(dense(BlockDiagonal(Hadamard(block), hadamard.size // block), device))
+        bases.append(torch.eye(hadamard.size, device=device))
+    return bases
+
+
+def _least(bases: Sequence[torch.Tensor], x_SD: torch.Tensor, quantizer: Format) -> torch.Tensor:
+    """The basis with the least rounding error, on rows of all layers."""
+    if len(bases) == 1:
+        return bases[0]
+    some_SD = x_SD[:: max(1, len(x_SD) // _ROWS)].float()
+    return min(bases, key=lambda R_DD: float(rounding_error(some_SD @ R_DD.float(), quantizer).mean()))
+
+
+def _head_format(recipe: Recipe, wire: str, head_dim: int) -> Format | None:
+    """The grid of a head of one token: the cache's, also where that has one per channel, or else the activations'."""
+    if (cache := recipe.kv_format) and (format := getattr(cache, wire)):
+        return replace(format, group_size=None)
+    if (whole := recipe.activation_format) and whole.group_size:  # blocks of a row may lie across heads
+        return replace(whole, group_size=gcd(whole.group_size, head_dim))
+    return whole
 
 
 def _rotate_heads(
@@ -134,8 +174,9 @@ def _rotate(
     *,
     rows_per_step: int = _ROWS,
 ) -> tuple[torch.Tensor, tuple[float, ...]]:
-    term = rows_term(rows, partial(rounding_error, format=quantizer), min(rows_per_step, rows.shape[-2]))
-    return fit_layerwise(first, term, settings, seed=task.recipe.seed, progress=task.progress, label=label)
+    objective, count = partial(rounding_error, format=quantizer), min(rows_per_step, rows.shape[-2])
+    seed = task.recipe.seed
+    return fit_to_rows(first, rows, objective, count, settings, seed=seed, progress=task.progress, label=label)
 
 
 SPINFOLD = Method(
@@ -144,7 +185,7 @@ SPINFOLD = Method(
     paper="",
     sites=("residual", "value", "query_key", "down"),
     fit=_fit,
-    reads=("fit", "calibration", "bits", "rounding.damp", *QUANTIZERS),
+    reads=("fit", "calibration", "bits", "clip_search", "rounding.damp", *QUANTIZERS),
     needs_data=True,
     needs_backprop=True,
 )

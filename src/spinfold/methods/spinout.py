@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from spinfold.compute import pick_precision, precision
+from spinfold.distributed import add_up, share
 from spinfold.errors import Verdict
 from spinfold.fitting.capture import watch
 from spinfold.fitting.clipping import CLIP_WINDOWS, search_clips
@@ -119,7 +120,8 @@ class Trials:
             y = x.float() if map is None else map.apply(x.float())
             total_L[layer] += token_kurtosis(y).mean().item() * len(y)
 
-        watch(network, self.held_WT, _SCORED_WIRES, see, compute=recipe.compute)
+        watch(network, self.held_WT[share(len(self.held_WT))], _SCORED_WIRES, see, compute=recipe.compute)
+        add_up([total_L])
         self.samples += len(self.held_WT)
         return total_L / (self.held_WT.numel() * len(_SCORED_WIRES))
 
@@ -147,16 +149,17 @@ class Trials:
             quantize_wires(network, recipe, maps, clips={**self.clips, **(clips or {})}),
             inject(network, layers, self.injection, ids_WT.shape[1]),
         ]
-        total = 0.0
+        total, own_WT = torch.zeros((), dtype=torch.float64), ids_WT[share(len(ids_WT))]
         try:
             with precision(pick_precision(recipe.compute, network.device), network.device):
-                for ids_BT in ids_WT.split(max(1, _TOKENS_PER_BATCH // ids_WT.shape[1])):
+                for ids_BT in own_WT.split(max(1, _TOKENS_PER_BATCH // ids_WT.shape[1])) if len(own_WT) else ():
                     total += len(ids_BT) * float(next_token_loss(network, ids_BT.to(network.device)))
         finally:
             for take_off in undo:
                 take_off()
+        add_up([total])
         self.samples += len(ids_WT)
-        return total / len(ids_WT)
+        return float(total) / len(ids_WT)
 
 
 def fit_with_outliers(

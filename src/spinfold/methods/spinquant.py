@@ -27,21 +27,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spinfold.compute import pick_precision, precision
+from spinfold.compute import pick_precision
+from spinfold.distributed import everyones, share, world
 from spinfold.fitting.clipping import CLIP_WINDOWS, LearnedClips, search_clips
-from spinfold.fitting.end_to_end import FitLog, Optimizer, Schedule, fit_end_to_end
+from spinfold.fitting.end_to_end import FitLog, Optimizer, Schedule, fit_end_to_end, graph_fits
 from spinfold.fitting.objectives import distillation_loss, next_token_loss
 from spinfold.formats import Format, IntFormat
-from spinfold.maps import CayleySGD, Kronecker, Map, Orthogonal, SiteMaps, project
+from spinfold.maps import CayleySGD, Hadamard, Kronecker, Map, Orthogonal, SiteMaps, project
 from spinfold.methods.base import QUANTIZERS, FitTask, Method
 from spinfold.methods.quarot import hadamard_maps
-from spinfold.networks import Network
+from spinfold.networks import Network, hidden_in_batches
 from spinfold.recipe import Recipe
 from spinfold.runtime import quantize_wires, round_weights_through
 
 __all__ = ["SPINQUANT", "fit_on_loss", "learnable", "settled"]
 
 _DENSE_SIZE = 4096
+_KEPT_BYTES = 2 << 30
 _TOKENS_PER_BATCH = 16384
 
 
@@ -49,7 +51,7 @@ def learnable(
     maps: SiteMaps, device: torch.device, sites: Sequence[str] = ("residual", "value")
 ) -> tuple[SiteMaps, list[Tensor]]:
     """The maps on `device`, those at `sites` as dense matrices (Kronecker products of them) that take gradients; and
-    these matrices.
+    these matrices. The others are `fixed`.
     """
     learned: list[Tensor] = []
 
@@ -59,14 +61,20 @@ def learnable(
         learned.append(one.matrix().float().to(device).requires_grad_())
         return Orthogonal(learned[-1])
 
-    def fixed(one: Map) -> Map:
-        # On a GPU one dense bf16 product is cheaper than a fast transform's several passes over memory.
-        dense = device.type == "cuda" and one.orthogonal and one.size <= _DENSE_SIZE
-        return Orthogonal(one.matrix().float().to(device)) if dense else one
-
     here = maps.to(device)
     others = [site for site in here.sites if site not in sites]
-    return here.each_replaced(leaf, sites).each_replaced(fixed, others), learned
+    return here.each_replaced(leaf, sites).each_replaced(partial(fixed, device=device), others), learned
+
+
+def fixed(one: Map, device: torch.device) -> Map:
+    """A map that is not learned, as it is fastest: on a GPU by one or two dense products in bf16, rather than by a fast
+    transform's several passes over memory in fp32.
+    """
+    if device.type != "cuda" or not one.orthogonal:
+        return one
+    if one.size <= _DENSE_SIZE:
+        return Orthogonal(one.matrix().float().to(device))
+    return one.as_kronecker().to(device) if isinstance(one, Hadamard) else one
 
 
 def settled(fitted: SiteMaps, start: SiteMaps, sites: Sequence[str] = ("residual", "value")) -> SiteMaps:
@@ -97,21 +105,27 @@ def fit_on_loss(
     """
     fit, network = task.recipe.fit, task.network
     mode, weights = _precision(task), _weight_format(task.recipe)
+    seq_len, batch = fit.seq_len or task.recipe.calibration.seq_len, fit.batch or 8
+    steps = 100 if fit.steps is None else fit.steps
+    ids_NT = task.windows(seq_len, steps * batch)
+    clips = search_clips(network, task.recipe, ids_NT[:CLIP_WINDOWS], maps, task.progress)
+    if mode == "bf16" and weights is None:
+        network = network.held(torch.bfloat16, shared_out=_too_large(network) and len(ids_NT) >= world())
+    elif weights is not None and not network.resident:  # rounded anew at every step, they can't come and go
+        network = network.held(torch.float32)
     schedule = Schedule(
-        steps=100 if fit.steps is None else fit.steps,
-        batch=fit.batch or 8,
+        steps,
+        batch,
         decay=fit.schedule or "linear",
-        checkpointing=fit.checkpointing,
+        checkpointing=fit.checkpointing or not graph_fits(network, batch * seq_len),
     )
     rate, rule = fit.learning_rate or learning_rate, fit.step_rule or "spectral"
     optimizers: list[Optimizer] = [CayleySGD(learned, rate, rule, fit.clip_grad_norm)]
-    ids_NT = task.windows(fit.seq_len or task.recipe.calibration.seq_len, schedule.steps * schedule.batch)
     data, objective = [ids_NT], partial(next_token_loss, network)
     if (name := fit.loss or loss) != "next_token":
         data.append(_hidden(network, ids_NT, mode))
         head, next_token = copy.deepcopy(network.head), float(name == "both")
         objective = partial(distillation_loss, network, head, next_token=next_token)
-    clips = search_clips(network, task.recipe, ids_NT[:CLIP_WINDOWS], maps, task.progress)
     open_clips = {name: c for name, c in clips.items() if task.recipe.clip_of(name.partition(".")[2]) == "learned"}
     learned_clips = LearnedClips(open_clips, network.device) if open_clips else None
     if learned_clips:
@@ -131,10 +145,24 @@ def fit_on_loss(
 
 @torch.no_grad()
 def _hidden(network: Network, ids_NT: Tensor, mode: str) -> Tensor:
-    """What the head reads, `(N, T, D)` in bf16: half the memory, and far more exact than what is compared with it."""
-    batch = max(1, _TOKENS_PER_BATCH // ids_NT.shape[1])
-    with precision(mode, network.device):
-        return torch.cat([network.hidden(ids_BT.to(network.device)).bfloat16() for ids_BT in ids_NT.split(batch)])
+    """What the head reads, `(N, T, D)` in bf16: half the memory, and far more exact than what is compared with it.
+
+    On the host if it is large.
+    """
+    much = 2 * ids_NT.numel() * network.hidden_size > _KEPT_BYTES
+    place = torch.device("cpu") if much else network.device
+    hidden = hidden_in_batches(network, ids_NT[share(len(ids_NT))], mode, _TOKENS_PER_BATCH)
+    own = [hidden_BTD.bfloat16().to(place) for hidden_BTD in hidden]
+    return torch.cat([hidden_BTD for part in everyones(own) for hidden_BTD in part])
+
+
+def _too_large(network: Network) -> bool:
+    """Would 16-bit weights take more than half of what is free on the GPU of some process? Then they share them."""
+    large = False
+    if world() > 1 and not network.resident and network.device.type == "cuda":
+        needed = 2 * sum(parameter.numel() for parameter in network.model.parameters())
+        large = needed > torch.cuda.mem_get_info(network.device)[0] / 2
+    return any(everyones(large))
 
 
 def _weight_format(recipe: Recipe) -> Format | None:

@@ -1,7 +1,10 @@
 """Models seen through their family: facts as data, the labelled view, and where models come from."""
 
 from spinfold.networks.family import FAMILIES, INPUT_WIRE, ONLINE_SITES, SITES, Family, family_of
-from spinfold.networks.network import SKIP_WIRES, WIRES, Layer, Linear, Network, Wire
+from spinfold.networks.network import SKIP_WIRES, WIRES, Attended, Layer, Linear, Network, Wire
+from spinfold.networks.placement import Store
+from spinfold.networks.rope import Rope
+from spinfold.networks.stream import Stream, hidden_in_batches
 
 __all__ = [
     "FAMILIES",
@@ -10,10 +13,15 @@ __all__ = [
     "SITES",
     "SKIP_WIRES",
     "WIRES",
+    "Attended",
     "Family",
     "Layer",
     "Linear",
     "Network",
+    "Rope",
+    "Store",
+    "Stream",
     "Wire",
     "family_of",
+    "hidden_in_batches",
 ]

@@ -5,6 +5,7 @@ A *wire* is a named tensor inside a layer; whatever is put on it, an online map,
     qkv_input      input of q, k, v            (B, T, D)
     query, key     after RoPE, per head        (B, heads, T, head_dim)
     value          per head                    (B, heads, T, head_dim)
+    cache          both as they are attended   an `Attended`
     attention_out  input of o                  (B, T, heads * head_dim)
     mlp_input      input of gate, up           (B, T, D)     experts: (1, T, D), all tokens of the batch
     down           input of down               (B, T, F)     experts: (1, K, T, F), as if an expert were a head
@@ -21,13 +22,15 @@ token, E experts of a layer, S = T K rows sorted by expert.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.moe import ExpertsInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -35,17 +38,23 @@ from transformers.masking_utils import sdpa_mask
 
 from spinfold.errors import SpinfoldError
 from spinfold.networks.family import INPUT_WIRE, Family, Part, family_of
+from spinfold.networks.placement import Away, Store, put
+from spinfold.networks.rope import Rope
+from spinfold.networks.shards import SharedOut
 
-__all__ = ["SKIP_WIRES", "WIRES", "Layer", "Linear", "Network", "Wire"]
+__all__ = ["SKIP_WIRES", "WIRES", "Attended", "Layer", "Linear", "Network", "Wire"]
 
 SKIP_WIRES = ("attention_skip", "mlp_skip")
-WIRES = ("qkv_input", "query", "key", "value", "attention_out", "mlp_input", "down", *SKIP_WIRES)
+WIRES = ("qkv_input", "query", "key", "value", "cache", "attention_out", "mlp_input", "down", *SKIP_WIRES)
 
 
 class Wire(nn.Module):
     """The ops on one wire, applied in order. A forward hook on a wire sees what the next linear reads.
 
     On the wires of experts it also sees, as the second argument, which K experts each token meets, `(T, K)`.
+
+    An op may offer `with_next(op)`, one function that does both, or None; and `added_to(branch, x, factor)`, which is
+    branch + (op(x) - x) / factor.
     """
 
     def __init__(self) -> None:
@@ -53,9 +62,19 @@ class Wire(nn.Module):
         self.ops = nn.ModuleList()
 
     def forward(self, x: Tensor, experts_TK: Tensor | None = None) -> Tensor:
-        for op in self.ops:
+        ops = list[Any](self.ops)
+        while ops:
+            op = ops.pop(0)
+            if ops and hasattr(op, "with_next") and (both := op.with_next(ops[0])) is not None:
+                op, _ = both, ops.pop(0)
             x = op(x)
         return x
+
+    def added_to(self, branch: Tensor, x: Tensor, factor: float) -> Tensor:
+        """branch + (wire(x) - x) / factor."""
+        if len(self.ops) == 1 and hasattr(self.ops[0], "added_to"):
+            return cast(Any, self.ops[0]).added_to(branch, x, factor)
+        return branch + (self(x) - x) / factor
 
 
 class _Through:
@@ -94,18 +113,33 @@ class _Skip:
             return branch_BTD
         x_BTD, self.x_BTD = self.x_BTD, None
         with torch.autocast(x_BTD.device.type, enabled=False):  # the stream is never rounded to 16 bits by autocast
-            return branch_BTD + (self.wire(x_BTD) - x_BTD) / self.factor
+            return self.wire.added_to(branch_BTD, x_BTD, self.factor)
+
+
+class Attended(NamedTuple):
+    """What `num_queries` queries attend to: keys and values `(B, heads, S, head_dim)`, and a mask, None if causal."""
+
+    key_BHSN: Tensor
+    value_BHSN: Tensor
+    mask: Tensor | None
+    num_queries: int
 
 
 def _wired_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention behind the layer's query, key and value wires."""
+    """Scaled dot-product attention behind the layer's query, key, value and cache wires."""
     wires = cast(nn.ModuleDict, module.wires)
     query, key, value = wires["query"](query), wires["key"](key), wires["value"](value)
-    if (softcap := kwargs.get("softcap")) is None:
+    key, value, attention_mask, _ = wires["cache"](Attended(key, value, attention_mask, query.shape[2]))
+    softcap, groups = kwargs.get("softcap"), query.shape[1] // key.shape[1]
+    if softcap is None:
+        if attention_mask is None and groups > 1 and _in_tf32(query) and query.shape[2] == key.shape[2]:
+            # No fused attention in fp32 knows grouped queries: all scores would stand in memory, gigabytes of them.
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+            y = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=kwargs.get("scaling"))
+            return y.transpose(1, 2).contiguous(), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = torch.tanh(query @ key.transpose(2, 3) * (kwargs["scaling"] / softcap)) * softcap
     if attention_mask is None:
@@ -113,6 +147,12 @@ def _wired_attention(
         attention_mask = attention_mask.tril(scores.shape[-1] - scores.shape[-2])  # a cache has more keys than queries
     scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+def _in_tf32(x: Tensor) -> bool:
+    """Is x to be multiplied in the precision "tf32" of `compute.py`, on a GPU?"""
+    plain = x.is_cuda and x.dtype == torch.float32 and not torch.is_autocast_enabled("cuda")
+    return plain and torch.backends.cuda.matmul.allow_tf32
 
 
 def _wired_experts(module: nn.Module, x_TD: Tensor, experts_TK: Tensor, share_TK: Tensor) -> Tensor:
@@ -188,14 +228,17 @@ def _parts_of(layer: nn.Module, family: Family) -> dict[str, Part]:
 
 
 class Layer:
-    """One decoder layer: its linears, norms, wires and head layout.
+    """One decoder layer: its linears, norms, wires and head layout. Its weights may be `away` (see `placement`).
 
     `foldable` are all linears. The router is one that is not quantized: it is small, and it decides which experts a
     token meets.
     """
 
-    def __init__(self, module: nn.Module, index: int, prefix: str, family: Family, config: Any) -> None:
+    def __init__(
+        self, module: nn.Module, index: int, prefix: str, family: Family, config: Any, rotary: nn.Module
+    ) -> None:
         self.module, self.index, self.prefix = module, index, prefix
+        self.away: Away | None = None
         attention, mlp = module.get_submodule(family.attention), module.get_submodule(family.mlp)
         self.head_dim: int = int(cast(int, attention.head_dim))
         self.num_heads: int = config.num_attention_heads
@@ -208,6 +251,9 @@ class Layer:
         self.wires = nn.ModuleDict({name: Wire() for name in WIRES})
         module.wires = self.wires
         attention.wires = self.wires
+        rope = Rope(rotary, getattr(attention, "layer_type", None))
+        cast(Any, module).rope = rope
+        attention.register_forward_pre_hook(rope.note, with_kwargs=True)
         o, down = (module.get_submodule(parts[role].module) for role in ("o", "down"))
         through = [(attention, "qkv_input"), (o, "attention_out")]
         if "router" in parts:
@@ -255,21 +301,91 @@ class Layer:
         """F, the inputs of the down projection, of each expert's if there are some."""
         return self.groups["down"][0].weight_OI.shape[1]
 
+    @property
+    def rope(self) -> Rope:
+        """RoPE as its keys meet it."""
+        return cast(Rope, self.module.rope)
+
     def wire(self, name: str) -> Wire:
         """The wire of that name."""
         return cast(Wire, self.wires[name])
 
+    @contextmanager
+    def present(self) -> Iterator[Layer]:
+        """Its weights are on the device, at least within this block."""
+        away = self.away
+        if away is None:
+            yield self
+            return
+        try:
+            self._fetch(away)
+            yield self
+        finally:
+            away.users -= 1
+            if not away.users:
+                away.forget(self.module)
+
+    def _fetch(self, away: Away) -> None:
+        away.users += 1
+        if away.users == 1:
+            away.fetch(self.module)
+            for do in away.changes:
+                do(self)
+
+    def settle(self) -> None:
+        """Keep the weights on the device for good."""
+        if self.away is not None:
+            self._fetch(self.away)
+            self.away = None
+
+    def change(self, do: Callable[[Layer], None]) -> None:
+        """Let `do(layer)` change the weights, for good."""
+        if self.away is not None:
+            self.away.changes.append(do)
+        if self.away is None or self.away.users:
+            do(self)
+
     def __call__(self, x_BTD: Tensor, **kwargs: Any) -> Tensor:
-        out = self.module(x_BTD, **kwargs)
+        with self.present():
+            out = self.module(x_BTD, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
 
+class _Noting(nn.Module):
+    """Stands in for a layer: notes what it is called with and lets it pass."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = (layer,)  # in a tuple, so that it is no submodule
+        self.x: Tensor | None = None
+        self.kwargs: dict[str, Any] = {}
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        self.x, self.kwargs = x, kwargs
+        return x
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"][0], name)
+
+
 class Network:
-    """A causal LM whose every parameter is accounted for. Raises `SpinfoldError` for one that is not understood."""
+    """A causal LM whose every parameter is accounted for. Raises `SpinfoldError` for one that is not understood.
+
+    With a `store` the layers' weights are there, and on the device for their turns only: the model's layers have shapes
+    and no memory (`placement.built_without_weights`), everything else is filled in here, in fp32. With `checkpointing`
+    a layer's activations are computed again in the backward pass, rather than held.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str = ""
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str = "",
+        *,
+        store: Store | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
+        self.checkpointing = False
         self.family = family_of(model.config.model_type)
         self.model, self.tokenizer, self.name = model, tokenizer, name or self.family.name
         self._check_coverage()
@@ -278,9 +394,27 @@ class Network:
         model.requires_grad_(False).eval()
         decoder = model.base_model
         self.layers = [
-            Layer(module, i, f"{model.base_model_prefix}.layers.{i}", self.family, model.config)
+            Layer(module, i, f"{model.base_model_prefix}.layers.{i}", self.family, model.config, decoder.rotary_emb)
             for i, module in enumerate(decoder.layers)
         ]
+        if store is not None:
+            self._fill(store, torch.device(device))
+
+    def _fill(self, store: Store, device: torch.device) -> None:
+        """Read all weights but the layers', and tell these where theirs are."""
+        for layer in self.layers:
+            layer.away = Away(store, layer.prefix, device)
+        tied = self.head.weight is self.embedding.weight
+        skipped = {"lm_head.weight"} if tied else set()
+        inside = f"{self.model.base_model_prefix}.layers."
+        names = [n for n, _ in self.model.named_parameters() if not n.startswith(inside) and n not in skipped]
+        for key, tensor in store.read(names).items():
+            put(self.model, key, tensor.to(device).to(torch.float32))
+        if tied:
+            self.head.weight = self.embedding.weight
+        for module in self.model.modules():
+            for key, buffer in module._buffers.items():
+                module._buffers[key] = None if buffer is None else buffer.to(device)
 
     def _check_coverage(self) -> None:
         """Every parameter is one that the family names, or the model is not what we think it is."""
@@ -360,14 +494,75 @@ class Network:
                 norm.register_forward_hook(_Fp64Norm(self.family.gain_offset))
         return self
 
-    def copy(self) -> Network:
-        """An independent copy, ops on wires included."""
+    def tensors(self, names: Collection[str]) -> dict[str, Tensor]:
+        """The parameters and buffers of these names; those of layers that come and go as they are in their turns, on
+        the host.
+        """
+        if self.resident:
+            return {name: value for name, value in self.model.state_dict().items() if name in names}
+        found: dict[str, Tensor] = {}
+        for layer in self.layers:
+            own = [name for name in names if name.startswith(f"{layer.prefix}.")]
+            if own:
+                with layer.present():
+                    state = layer.module.state_dict(prefix=f"{layer.prefix}.")
+                    found |= {name: state[name].cpu() for name in own}
+        return found | {k: v for k, v in self.model.state_dict().items() if k in names and k not in found}
+
+    def settle(self) -> None:
+        """Keep all weights on the device for good."""
+        for layer in self.layers:
+            layer.settle()
+
+    @property
+    def resident(self) -> bool:
+        """Are all weights on the device for good?"""
+        return all(layer.away is None for layer in self.layers)
+
+    def copy(self, *, share_ends: bool = False) -> Network:
+        """An independent copy, ops on wires included. `share_ends`: of the layers alone, the rest is the same."""
+        ends = (self.embedding, self.final_norm, self.head) if share_ends else ()
+        return self._twin({id(p): p for end in ends for p in end.parameters()})
+
+    @torch.no_grad()
+    def held(self, dtype: torch.dtype, *, shared_out: bool = False) -> Network:
+        """A copy to compute with, not to change: all on the device, linears and head in `dtype`, the rest shared.
+
+        Under autocast to `dtype` it computes the same bits, without a cast at every use. With `shared_out` each process
+        holds its part of the layers' linears (`shards`).
+        """
+        here = self.resident
+        linears = {id(getattr(x.module, x.attribute)) for layer in self.layers for x in layer.foldable if here}
+        linears |= {id(self.head.weight)} - {id(self.embedding.weight)}
+        twin = self._twin(
+            {
+                id(p): nn.Parameter(p.to(dtype), requires_grad=False) if id(p) in linears else p
+                for p in self.model.parameters()
+            }
+        )
+        for layer in twin.layers:
+            if layer.away is not None:
+                layer.settle()
+                for linear in layer.foldable:
+                    weight = getattr(linear.module, linear.attribute)
+                    put(linear.module, linear.attribute, weight.to(dtype))
+            if shared_out:
+                linears_of = {x.parameter.removeprefix(f"{layer.prefix}.") for x in layer.foldable}
+                layer.away = SharedOut(layer.module, linears_of)
+        if self.device.type == "cuda":
+            for norm in twin.norms:
+                norm.forward = _FusedNorm(norm, self.family.gain_offset)
+        return twin
+
+    def _twin(self, memo: dict[int, Any]) -> Network:
+        """A copy; `memo` has what stands in it for some objects, as in `copy.deepcopy`."""
         twin = copy.copy(self)
-        twin.model = copy.deepcopy(self.model)
+        twin.model = copy.deepcopy(self.model, memo)
         twin.layers = []
         for layer, module in zip(self.layers, twin.model.base_model.layers, strict=True):
             other = copy.copy(layer)
             other.module, other.wires = module, cast(nn.ModuleDict, module.wires)
+            other.away = layer.away and layer.away.copy()
             other.foldable = [replace(x, module=twin.model.get_submodule(x.name)) for x in layer.foldable]
             names = (self.family.attention_norm, self.family.mlp_norm)
             other.attention_norm, other.mlp_norm = (n and module.get_submodule(n) for n in names)
@@ -376,7 +571,16 @@ class Network:
 
     def hidden(self, ids_BT: Tensor) -> Tensor:
         """What the head reads, `(B, T, D)`: the residual stream after the final norm."""
-        return cast(Tensor, self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state)
+        if self.resident and not self.checkpointing:
+            return cast(Tensor, self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state)
+        x_BTD, kwargs_of = self.arguments(ids_BT)
+        again = self.checkpointing and torch.is_grad_enabled()
+        for layer, kwargs in zip(self.layers, kwargs_of, strict=True):
+            if again:  # nothing in a layer is random
+                x_BTD = checkpoint(layer, x_BTD, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            else:
+                x_BTD = layer(x_BTD, **kwargs)
+        return cast(Tensor, self.final_norm(x_BTD))
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """The head and what the family does after it, `(B, T, V)`."""
@@ -393,44 +597,32 @@ class Network:
     def __call__(self, ids_BT: Tensor) -> Tensor:
         return self.logits(self.hidden(ids_BT))
 
-    @torch.no_grad()
-    def layer_arguments(self, ids_BT: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    def arguments(self, ids_BT: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """The first layer's input, `(B, T, D)`, and each layer's keyword arguments, such that
-        `x = layer(x, **kwargs)` through all layers is the decoder. The arguments hold for any batch of T tokens.
+        `x = layer(x, **kwargs)` through all layers is the decoder. Those of one window hold for any number of them.
         """
-        kwargs_of: list[dict[str, Any]] = []
-
-        def note(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kwargs_of.append(dict(kwargs))
-
-        handles = [layer.module.register_forward_pre_hook(note, with_kwargs=True) for layer in self.layers]
+        decoder = cast(Any, self.model.base_model)
+        layers, notes = decoder.layers, [_Noting(layer.module) for layer in self.layers]
+        decoder.layers = nn.ModuleList(notes)
         try:
-            self.hidden(ids_BT[:1])
+            decoder(input_ids=ids_BT, use_cache=False)
         finally:
-            for handle in handles:
-                handle.remove()
-        return self._embed(ids_BT), kwargs_of
+            decoder.layers = layers
+        return cast(Tensor, notes[0].x), [note.kwargs for note in notes]
 
-    def _embed(self, ids_BT: Tensor) -> Tensor:
-        """The first layer's input for a whole batch: the decoder is stopped at its first layer."""
 
-        class Stop(Exception):
-            pass
+class _FusedNorm:
+    """An RMSNorm's forward as one kernel, for fp32; x / rms(x) * gain."""
 
-        caught: list[Tensor] = []
+    def __init__(self, norm: nn.Module, gain_offset: int) -> None:
+        self.norm, self.plain, self.gain_offset = norm, norm.forward, gain_offset
 
-        def stop(_: nn.Module, args: tuple[Any, ...], __: dict[str, Any]) -> None:
-            caught.append(args[0])
-            raise Stop
-
-        handle = self.layers[0].module.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self.hidden(ids_BT)
-        except Stop:
-            pass
-        finally:
-            handle.remove()
-        return caught[0]
+    def __call__(self, x: Tensor) -> Tensor:
+        weight = cast(Tensor, self.norm.weight)
+        if x.dtype != weight.dtype:
+            return cast(Tensor, self.plain(x))
+        eps = getattr(self.norm, "variance_epsilon", None) or self.norm.eps
+        return F.rms_norm(x, (x.shape[-1],), weight + self.gain_offset, cast(float, eps))
 
 
 class _Fp64Norm:

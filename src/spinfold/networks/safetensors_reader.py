@@ -10,13 +10,14 @@ a file; nothing else is read as weights. Pickled checkpoints are refused for exa
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from spinfold.errors import SpinfoldError
 
@@ -30,11 +31,12 @@ MAX_JSON_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class SafetensorsFolder:
-    """The weight files of a folder and the shape of every tensor in them."""
+    """The weight files of a folder, and of every tensor in them the shape and the file."""
 
     files: tuple[Path, ...]
     shapes: Mapping[str, tuple[int, ...]]
     weight_bytes: int
+    file_of: Mapping[str, Path]
 
     @contextmanager
     def open(self) -> Iterator[dict[str, Any]]:
@@ -45,6 +47,14 @@ class SafetensorsFolder:
                 reader = stack.enter_context(safe_open(file, framework="pt"))
                 slices |= {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118, it is no dict
             yield slices
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Some tensors as they are stored. They are read when they are used; no file stays open."""
+        tensors: dict[str, Tensor] = {}
+        for file in sorted({self.file_of[name] for name in names}):
+            with safe_open(file, framework="pt") as reader:
+                tensors |= {name: reader.get_tensor(name) for name in names if self.file_of[name] == file}
+        return tensors
 
 
 def scan_folder(folder: Path) -> SafetensorsFolder:
@@ -64,6 +74,7 @@ def scan_folder(folder: Path) -> SafetensorsFolder:
         raise _no_weights(folder)
 
     shapes: dict[str, tuple[int, ...]] = {}
+    file_of: dict[str, Path] = {}
     weight_bytes = 0
     for file in files:
         for name, (shape, num_bytes) in _header(file).items():
@@ -75,10 +86,10 @@ def scan_folder(folder: Path) -> SafetensorsFolder:
                 )
             if promised is not None and promised.get(name) != file.name:
                 raise _index_differs(folder, name, promised.get(name, "no shard"), file.name)
-            shapes[name], weight_bytes = shape, weight_bytes + num_bytes
+            shapes[name], file_of[name], weight_bytes = shape, file, weight_bytes + num_bytes
     if promised is not None and (lost := sorted(promised.keys() - shapes.keys())):
         raise _index_differs(folder, lost[0], promised[lost[0]], "no shard")
-    return SafetensorsFolder(files, shapes, weight_bytes)
+    return SafetensorsFolder(files, shapes, weight_bytes, file_of)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     resolve(source) -> Checkpoint        headers only: config, shapes, sizes, every refusal they allow
     Checkpoint.load_model(dtype)         the weights, all of them and nothing else, every value finite
+    Checkpoint.open_model()              the network without its layers' weights, which stay in the files (`placement`)
 
 The config is a claim and the headers are what is there. The network is first built without memory (on the `meta`
 device) and compared with the headers, so a config that asks for the wrong sizes is refused before it is obeyed.
@@ -36,6 +37,7 @@ from transformers.utils import logging as hf_logging
 from spinfold.errors import SpinfoldError
 from spinfold.networks import embedded, gguf_reader
 from spinfold.networks.gguf_header import GgufFile, scan
+from spinfold.networks.placement import built_without_weights
 from spinfold.networks.safetensors_reader import SafetensorsFolder, read_json, scan_folder
 
 __all__ = ["Checkpoint", "resolve", "transformers_errors"]
@@ -147,6 +149,23 @@ class Checkpoint:
         _check_finite(self.name, model, dtype)
         model.requires_grad_(False)
         return model.to(device).eval()
+
+    @property
+    def can_stay_in_files(self) -> bool:
+        """Can layers be read one by one? Not from GGUF, nor where Transformers merges stored weights (experts)."""
+        if not isinstance(self.weights, SafetensorsFolder):
+            return False
+        tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        return {name for name, _ in self.open_model().named_parameters()} - tied <= self.weights.shapes.keys()
+
+    def open_model(self) -> PreTrainedModel:
+        """The network without memory for its weights, in eval mode; its tables are computed."""
+        model_class = _model_class(self.config)
+        with transformers_errors(f"The network of {self.name} cannot be built."), built_without_weights():
+            model = AutoModelForCausalLM.from_config(
+                self.config, dtype=torch.float32, attn_implementation=_attention(model_class)
+            )
+        return model.requires_grad_(False).eval()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies with the weights, for GGUF inside the file; `SpinfoldError` when it is unusable."""

@@ -49,12 +49,13 @@ def build_comparison(data: Data, cells: Sequence[Data]) -> str:
 
 def _lede(data: Data, cells: Sequence[Data]) -> str:
     """What was compared, in two sentences."""
+    formats = {cell["format"] for cell in cells if cell.get("format")}
     counts = {
         "entries": len({cell["label"] for cell in cells}),
         "bit widths": len({cell["bits"] for cell in cells}),
         "roundings": len({cell["rounding"] for cell in cells}),
         "seeds": len({cell["seed"] for cell in cells}),
-    }
+    } | ({"formats": len(formats)} if formats else {})
     grid = ", ".join(
         f"{count} {name if count != 1 else name.replace('ies', 'y').rstrip('s')}" for name, count in counts.items()
     )
@@ -70,7 +71,7 @@ def _tiles(original: Data | None, rows: Sequence[Data], cells: Sequence[Data]) -
         there = [row for row in rows if row["bits"] == bits and row["perplexity"] is not None]
         if there:
             best = min(there, key=lambda row: row["perplexity"])
-            tiles.append((bits, perplexity_text(best["perplexity"]), f"{best['name']}, {best['rounding']}"))
+            tiles.append((bits, perplexity_text(best["perplexity"]), _words(best, "name", "format", "rounding")))
     if failed := sum(bool(cell.get("failed")) for cell in cells):
         tiles.append(("failed", str(failed), f"of {len(cells)} cells"))
     return tiles
@@ -84,31 +85,41 @@ def _sort_key(value: Any) -> str:
 
 
 def _fronts(rows: Sequence[Data], original: Data | None) -> list[Section]:
-    """For each bits and rounding: the error against each cost."""
+    """For each format, bits and rounding: the error against each cost."""
     if original is None:
         return []
-    groups: dict[tuple[str, str], list[Data]] = {}
+    groups: dict[str, list[Data]] = {}
     for row in rows:
         if row is not original and row["perplexity"] is not None:
-            groups.setdefault((row["bits"], row["rounding"]), []).append(row)
+            groups.setdefault(_kind(row), []).append(row)
     sections = []
-    for (bits, rounding), same in groups.items():
+    for kind, same in groups.items():
         charts = []
         for key, title in _COSTS.items():
             points = {row["name"]: (row[key], row["perplexity"] - original["perplexity"]) for row in same}
             charts.append(Chart(f"against {title}", figures.pareto(points, title, "perplexity above the original")))
         caption = "Perplexity above the original's: lower is better, further left is cheaper."
-        sections.append(Section(f"{bits}, {rounding}", caption, charts, "pairs", _LEGEND))
+        sections.append(Section(kind, caption, charts, "pairs", _LEGEND))
     return sections
+
+
+def _kind(row: Data) -> str:
+    """`MXFP4, W4A4KV16, gptq`: what rows that can be compared have in common."""
+    return _words(row, "format", "bits", "rounding")
+
+
+def _words(row: Data, *keys: str) -> str:
+    """What there is of them, with commas."""
+    return ", ".join(row[key] for key in keys if row.get(key))
 
 
 def _fits(entries: Mapping[str, Sequence[Data]]) -> list[Section]:
     """The objective over steps, of the first fit of each entry that has one."""
     charts = []
-    for label, cells in entries.items():
+    for cells in entries.values():
         fitted = next((cell for cell in cells if cell.get("losses")), None)
         if fitted is not None:
-            title = f"{label}, {fitted['bits']}, seed {fitted['seed']}"
+            title = f"{_words(fitted, 'label', 'format', 'bits')}, seed {fitted['seed']}"
             charts.append(Chart(title, figures.curve(fitted["losses"])))
     caption = "Each entry's own objective on each step's batch, and its running mean: only its course can be compared."
     return [Section("The fits", caption, charts, "panels")] if charts else []
@@ -126,6 +137,7 @@ def _entry(cells: Sequence[Data], columns: Sequence[Column]) -> dict[str, Any]:
         "differs from the base recipe in": settings_text(first["changes"]),
     }
     by_key = {column.key: column for column in columns}
+    axes = [key for key in ("format", "bits", "rounding") if key in first]
     keys = ["perplexity", "second_perplexity", "kl", "top1"]
     measured = [by_key[key] for key in keys if key in by_key and any(cell.get(key) is not None for cell in cells)]
     seconds = [cell["fit_seconds"] for cell in cells if cell.get("fit_seconds") is not None]
@@ -133,12 +145,10 @@ def _entry(cells: Sequence[Data], columns: Sequence[Column]) -> dict[str, Any]:
         "label": first["label"],
         "remark": f"fit {human_seconds(sum(seconds) / len(seconds))}" if seconds else "no result",
         "facts": {key: value for key, value in facts.items() if value},
-        "titles": ["bits", "rounding", "seed", *(column.title for column in measured)],
+        "titles": [*axes, "seed", *(column.title for column in measured)],
         "cells": [
-            [cell["bits"], cell["rounding"], str(cell["seed"]), *(column.text(cell) for column in measured)]
+            [*(cell[axis] for axis in axes), str(cell["seed"]), *(column.text(cell) for column in measured)]
             for cell in cells
         ],
-        "failures": list(
-            dict.fromkeys(f"{x['bits']}, {x['rounding']}: {x['failed']}" for x in cells if x.get("failed"))
-        ),
+        "failures": list(dict.fromkeys(f"{_kind(x)}: {x['failed']}" for x in cells if x.get("failed"))),
     }

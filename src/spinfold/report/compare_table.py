@@ -19,10 +19,13 @@ __all__ = ["comparison_columns", "comparison_csv", "comparison_markdown", "compa
 
 Data = Mapping[str, Any]
 
-_MEANS = ("fit_seconds", "rounding_seconds", "evaluation_seconds")
-_MAXIMA = ("fit_peak_bytes", "rounding_peak_bytes", "online_flops", "online_bytes", "samples", "invariance")
+_MEANS = ("bits_per_weight", "fit_seconds", "rounding_seconds", "rounding_layer_seconds", "evaluation_seconds")
+_MAXIMA = (
+    *("fit_peak_bytes", "rounding_peak_bytes", "rounding_layer_bytes"),
+    *("online_flops", "online_bytes", "samples", "invariance"),
+)
 KEYS = (
-    *("name", "method", "bits", "rounding", "seeds"),
+    *("name", "method", "format", "bits", "rounding", "seeds"),
     *(prefix + key for prefix in ("", "second_") for key in ("perplexity", "perplexity_sd")),
     *(prefix + key for prefix in ("", "second_") for key in ("perplexity_min", "perplexity_max", "kl", "top1")),
     *("task_accuracy", *_MEANS, *_MAXIMA, "needs_data", "needs_backprop", "settings", "failed"),
@@ -31,10 +34,10 @@ KEYS = (
 
 
 def comparison_rows(cells: Iterable[Data]) -> list[dict[str, Any]]:
-    """The rows: the original, then by bits, rounding and entry, as the grid lists them."""
+    """The rows: the original, then by bits, format, rounding and entry, as the grid lists them."""
     groups: dict[tuple[Any, ...], list[Data]] = {}
     for cell in sorted(cells, key=lambda cell: (cell.get("order") or [-1], cell["label"], cell["seed"])):
-        groups.setdefault((cell["label"], cell["bits"], cell["rounding"]), []).append(cell)
+        groups.setdefault(tuple(cell.get(key) for key in ("label", "format", "bits", "rounding")), []).append(cell)
     return [_row(same) for same in groups.values()]
 
 
@@ -42,7 +45,7 @@ def _row(cells: Sequence[Data]) -> dict[str, Any]:
     """One row of the cells that differ in their seed alone. Figures are those of the seeds that did not fail."""
     first, failures = cells[0], [cell for cell in cells if cell.get("failed")]
     row: dict[str, Any] = dict.fromkeys(KEYS)
-    row |= {"name": first["label"]} | {key: first.get(key) for key in ("method", "bits", "rounding")}
+    row |= {"name": first["label"]} | {key: first.get(key) for key in ("method", "format", "bits", "rounding")}
     row |= {key: first.get(key) for key in ("needs_data", "needs_backprop")}
     row["settings"] = settings_text(first.get("changes") or {}) or None
     row["seeds"] = len(cells) - len(failures) if first["label"] != "original" else None
@@ -76,7 +79,9 @@ def comparison_columns(texts: Sequence[str]) -> list[Column]:
     """The columns for people; the titles say which text a figure is of where there are two."""
     columns = [
         Column("name", "method", str, "the entry's label"),
+        Column("format", "format", str, "the number format of weights and activations"),
         Column("bits", "bits", str, "weights, activations, KV cache"),
+        Column("bits_per_weight", "bits per weight", "{:.2f}".format, "of the linears, scales included"),
         Column("rounding", "rounding", str, "how weights got onto the grid"),
         Column("seeds", "seeds", str, "number of seeds that the means are over"),
     ]
@@ -97,12 +102,14 @@ def comparison_columns(texts: Sequence[str]) -> list[Column]:
         ),
         Column("fit_seconds", "fit", human_seconds, "time to fit, fold and prove"),
         Column("rounding_seconds", "round", human_seconds, "time to round the weights, and to search clip ratios"),
+        Column("rounding_layer_seconds", "round a layer", human_seconds, "mean time to round the linears of a layer"),
         Column("evaluation_seconds", "evaluate", human_seconds, "time to measure"),
         Column("samples", "samples", "{:,}".format, "windows or rows that the fit saw, repeats counted"),
         Column(
             "fit_peak_bytes", "fit memory", human_bytes, "most GPU memory of the fit, beyond the model and the texts"
         ),
         Column("rounding_peak_bytes", "round memory", human_bytes, "the same of the rounding"),
+        Column("rounding_layer_bytes", "layer memory", human_bytes, "most of the rounding of a layer"),
         Column("online_flops", "online flops", human_count, "of online maps, per token"),
         Column("online_bytes", "online bytes", human_bytes, "parameters of online maps, read once per token"),
         Column("invariance", "invariance", "{:.0e}".format, "relative logit error of the folded network, unrounded"),

@@ -89,7 +89,8 @@ def lines(
         traces.append(trace)
     bounds = [math.log10(bound) for bound in span] if log else list(span)
     vertical = _axis(unit) | {"range": bounds} | (_log_ticks(span) if log else {"nticks": 6})
-    layout = _layout(210) | {"xaxis": _axis("layer") | {"nticks": 7}, "yaxis": vertical, "showlegend": False}
+    layers = max(map(len, series.values()), default=0)
+    layout = _layout(210) | {"xaxis": _counts("layer", layers), "yaxis": vertical, "showlegend": False}
     if reference is not None:
         dotted = {"color": TEXT, "width": 1, "dash": "dot"}
         line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": reference, "y1": reference, "line": dotted}
@@ -124,7 +125,7 @@ def curve(losses: Sequence[Number]) -> Figure:
             "line": {"color": AFTER, "width": 2.5},
         },
     ]
-    layout = _layout(300) | {"xaxis": _axis("step"), "yaxis": _axis("loss"), "hovermode": "x unified"}
+    layout = _layout(300) | {"xaxis": _counts("step", len(losses)), "yaxis": _axis("loss"), "hovermode": "x unified"}
     return {"data": traces, "layout": layout | {"legend": {"orientation": "h", "y": 1.12, "x": 0}}}
 
 
@@ -261,6 +262,11 @@ def _axis(title: str) -> Figure:
         "zeroline": False,
         "automargin": True,
     }
+
+
+def _counts(title: str, number: int) -> Figure:
+    """An axis of whole numbers below `number`: no fraction between two layers of a small network."""
+    return _axis(title) | ({"dtick": 1} if number < 8 else {"nticks": 7})
 
 
 def _names() -> Figure:

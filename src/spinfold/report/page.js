@@ -41,10 +41,14 @@
       const { eye } = layout.scene?.camera ?? {};
       if (eye && plot.clientWidth < 420) for (const axis of "xyz") eye[axis] *= 1.25; // step back on a phone
       if (eye && plot.layout) layout.scene.camera = plot.layout.scene.camera; // as the reader has turned it
+      if (root.dataset.scheme) layout.width = plot.clientWidth; // that of the paper
       Plotly.react(plot, data, layout, config);
       if (eye) follow(plot);
     });
   };
+
+  // A wheel over a surface scrolls the page: Plotly would swallow it.
+  for (const plot of plots) plot.addEventListener("wheel", (event) => event.stopPropagation(), { capture: true, passive: true });
 
   const follow = (plot) => {
     const partners = plots.filter((other) => other !== plot && other.dataset.pair === plot.dataset.pair);
@@ -73,5 +77,6 @@
   addEventListener("afterprint", () => {
     delete root.dataset.scheme;
     draw();
+    for (const plot of plots) Plotly.Plots.resize(plot);
   });
 })();

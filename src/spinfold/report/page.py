@@ -38,6 +38,25 @@ WIRE_TITLES = {
 }
 
 
+_RUN_IN = {
+    "gguf": ("Exported, in llama.cpp", "llama-cli -m CHECKPOINT/FILE"),
+    "compressed-tensors": ("Exported, in vLLM", "vllm serve CHECKPOINT"),
+    "transformers": (
+        "Exported, in Transformers",
+        "import spinfold\nfrom transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained('CHECKPOINT')",
+    ),
+}
+"""How an exported checkpoint is run, by target: where, and the lines."""
+
+_ERROR_OF = {
+    "gptaq": "Squared distance of the output from what GPTAQ aims at, which leans towards the unrounded network's, "
+    "relative to it",
+    "autoround": "Squared error of a whole layer's output due to rounding its weights, relative to the output",
+}
+"""What the errors in run.json are errors of, by rounding method; those of the others are as GPTQ's."""
+
+
 def write_report(run_dir: str | Path) -> Path:
     """Write `report.html` into a run folder, whole or not at all, from what the folder holds.
 
@@ -98,8 +117,8 @@ def build_report(
         columns=columns_of(rows),
         rows=cells(rows),
         proofs=[_proof(proof) for proof in _list(run_json.get("proofs")) if isinstance(proof, Mapping)],
-        python=f"from spinfold import evaluate\nquality = evaluate({folder!r}, text='my-text.txt')\nprint(quality)",
-        shell=f"spinfold evaluate {_shell_word(folder)} --text my-text.txt",
+        loads=_loads(run_json, folder),
+        uses=_uses(run_json, folder),
         recipe=yaml.safe_dump(json.loads(_plain_json(recipe)), sort_keys=False, allow_unicode=True) if recipe else "",
         environment=_environment(run_json),
     )
@@ -113,15 +132,19 @@ def _lede(run: Data) -> str:
     recipe, model = _part(run, "recipe"), _part(run, "model")
     said = []
     if bits := _bits(recipe):
-        widths = {"weights": bits.weights, "activations": bits.activations, "KV cache": bits.kv}
+        widths = {"weights": bits.weights, "activations": bits.activations}
+        same = bits.keys == bits.values
+        widths |= {"KV cache": bits.kv} if same else {"keys": bits.keys, "values": bits.values}
         words = [f"{what} {'in floating point' if n == 16 else f'{n} bit'}" for what, n in widths.items()]
         said.append(f"{bits}: {', '.join(words)}.")
+    grid = "" if (name := recipe.get("format", "int")) == "int" else str(name).upper()
     if recipe.get("method"):
         sites = f" at {', '.join(map(str, sites))}" if (sites := _list(recipe.get("sites"))) else ""
         said.append(f"Maps: {recipe['method']}{sites}.")
     if rounding := _part(recipe, "rounding").get("method"):
         group = recipe.get("group_size")
-        said.append(f"Rounding: {str(rounding).upper()}, one scale per {f'{group} inputs' if group else 'output row'}.")
+        shared = f"one scale per {f'{group} inputs' if group else 'output row'}"
+        said.append(f"Rounding: {str(rounding).upper()}{f' to {grid}' if grid else f', {shared}'}.")
     if (parameters := _number(model.get("parameters"))) is not None:
         family = f", family {model['family']}" if model.get("family") else ""
         millions = parameters / 1e6
@@ -179,6 +202,31 @@ def _proof(proof: Data) -> dict[str, Any]:
     shown = [f"{value:.2g}" if value is not None else "not a number" for value in (measured, tolerance)]
     text = f"{shown[0]} {'≤' if held else 'is not ≤'} {shown[1]}"
     return {"ok": held, "statement": proof.get("statement", ""), "text": text, "detail": proof.get("detail", "")}
+
+
+def _loads(run: Data, folder: str) -> str:
+    """Where no export has been proved: what would prove it."""
+    said = [str(_words(proof.get("statement"))) for proof in _list(run.get("proofs")) if isinstance(proof, Mapping)]
+    if not said or any(statement.startswith(f"{target}: ") for statement in said for target in _RUN_IN):
+        return ""
+    return f"spinfold export {_shell_word(folder)} --to TARGET -o CHECKPOINT"
+
+
+def _uses(run: Data, folder: str) -> list[tuple[str, str]]:
+    """Where, and the lines that run it there."""
+    uses = [
+        (
+            "In Python",
+            f"from spinfold import evaluate\nquality = evaluate({folder!r}, text='my-text.txt')\nprint(quality)",
+        ),
+        ("In a shell", f"spinfold evaluate {_shell_word(folder)} --text my-text.txt"),
+    ]
+    for target, made in _part(run, "exports").items():
+        if isinstance(made, Mapping) and target in _RUN_IN:
+            file = next((str(name) for name in _part(made, "files") if str(name).endswith(".gguf")), "model.gguf")
+            title, lines = _RUN_IN[target]
+            uses.append((title, lines.replace("FILE", _shell_word(file))))
+    return uses
 
 
 def _environment(run: Data) -> list[tuple[str, str]]:
@@ -255,32 +303,50 @@ def outlier_panels(before: Outliers | None, after: Outliers | None) -> list[Sect
 
 
 def _rounding(run: Data) -> list[Section]:
-    entries = [entry for entry in _list(run.get("rounding")) if isinstance(entry, Mapping)]
-    method = str(_part(_part(run, "recipe"), "rounding").get("method") or "rounded").upper()
-    method = "nearest" if method == "RTN" else method
-    depth = 1 + max((int(entry["layer"]) for entry in entries), default=-1)
-    series: dict[str, dict[str, list[float | None]]] = {}
-    gains = []
-    for entry in entries:
-        ours, nearest = (figures.decibels(_number(entry.get(key))) for key in ("error", "nearest_error"))
-        of = series.setdefault(str(entry["role"]), {})
-        for name, value in {"nearest": nearest, method: ours}.items():
-            if value is not None:
-                of.setdefault(name, [None] * depth)[int(entry["layer"])] = value
-        if ours is not None and nearest is not None and method != "nearest":
-            gains.append(nearest - ours)
+    """A panel for each linear, or for those with the same errors, since they were rounded as one."""
+    settings = _part(_part(run, "recipe"), "rounding")
+    how = str(settings.get("method") or "rounded")
+    ours = ("OSAQ, " if settings.get("absorb") else "") + ("nearest" if how == "rtn" else how.upper())
+    series = _errors_by_role(run, {"nearest": "nearest_error", ours: "error"})
     span = figures.value_range(values for of in series.values() for values in of.values())
     if span is None:
         return []
-    names = dict.fromkeys(name for of in series.values() for name in of)
-    gain = f" {method} is {sum(gains) / len(gains):.1f} dB better than nearest on average." if gains else ""
+    gains = [
+        nearest - mine
+        for of in series.values()
+        for nearest, mine in zip(of.get("nearest", []), of.get(ours, []), strict=False)
+        if ours != "nearest" and mine is not None and nearest is not None
+    ]
+    gain = f" {ours} is {sum(gains) / len(gains):.1f} dB better than nearest on average." if gains else ""
+    panels: list[tuple[str, dict[str, list[figures.Number]]]] = []
+    for role, of in series.items():
+        if panels and panels[-1][1] == of:
+            panels[-1] = f"{panels[-1][0]}, {role}", of
+        else:
+            panels.append((role, of))
+    charts = [Chart(roles, figures.lines(of, "error, dB", span)) for roles, of in panels]
+    legend = {name: "before" if name in figures.BASELINES else "after" for of in series.values() for name in of}
+    error_of = _ERROR_OF.get(how, "Squared error of the output due to rounding the weights, relative to the output")
     caption = (
-        "Squared error of each linear's output due to rounding its weights, relative to the output, in decibels: "
-        "10 dB lower is a tenth of the error, lower is better." + gain
+        f"{error_of}, in decibels: 10 dB lower is a tenth of the error. What shares a panel was rounded together.{gain}"
     )
-    charts = [Chart(role, figures.lines(of, "error, dB", span)) for role, of in series.items()]
-    legend = {name: "before" if name in figures.BASELINES else "after" for name in names}
     return [Section("Rounding error", caption, charts, "panels", legend)]
+
+
+def _errors_by_role(run: Data, keys: Mapping[str, str]) -> dict[str, dict[str, list[figures.Number]]]:
+    """The error of each layer in decibels, by role and name of a series; of experts, which share a role, the mean."""
+    entries = [entry for entry in _list(run.get("rounding")) if isinstance(entry, Mapping)]
+    depth = 1 + max((int(entry["layer"]) for entry in entries), default=-1)
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for entry in entries:
+        for name, key in keys.items():
+            if (error := _number(entry.get(key))) is not None:
+                layers = found.setdefault(str(entry["role"]), {}).setdefault(name, [[] for _ in range(depth)])
+                layers[int(entry["layer"])].append(error)
+    return {
+        role: {name: [figures.decibels(_mean(errors)) for errors in layers] for name, layers in of.items()}
+        for role, of in found.items()
+    }
 
 
 def _fit(run: Data) -> list[Section]:
@@ -345,6 +411,10 @@ def _bits(recipe: Data) -> Bits | None:
         return Bits.parse(str(recipe.get("bits")))
     except SpinfoldError:
         return None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _column(table_LW: Any, wires: Sequence[str], wire: str) -> list[float | None]:

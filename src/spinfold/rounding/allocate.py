@@ -17,17 +17,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from spinfold.distributed import dealt
 from spinfold.errors import SpinfoldError
-from spinfold.networks import Network
+from spinfold.networks import Layer, Network
 from spinfold.progress import Progress, Quiet
 from spinfold.recipe import Override, Recipe
 from spinfold.rounding.hessian import energy
 from spinfold.rounding.matrix import round_matrix
-from spinfold.rounding.stream import Stream, moments_of
+from spinfold.rounding.stream import Moments, Stream, moments_of
 
 __all__ = ["WIDTHS", "allocate", "meet_budget"]
 
@@ -107,22 +109,40 @@ def _measure(
     stream = Stream(network, ids_NT, recipe.compute)
     with progress.stage("measure sensitivity", total=len(network.layers)) as bar:
         for layer in network.layers:
-            for wire, linears in layer.groups.items():
-                experts = dict.fromkeys(x.expert for x in linears)
-                for expert, moments in moments_of(stream, layer, wire, experts):
-                    for linear in (x for x in linears if x.expert == expert):
-                        name, w_OI = f"layers.{layer.index}.{linear.role}", linear.weight_OI
-                        one = found.setdefault(name, _Sensitivity())
-                        one.output += energy(w_OI, moments.hessian_II)
-                        one.weights += w_OI.numel()
-                        for width in [fixed[name]] if name in fixed else WIDTHS:
-                            fmt = recipe.weight_format_of(name, bits=width)
-                            assert fmt is not None
-                            rounded, _ = round_matrix(w_OI, moments, fmt, plain)
-                            error = energy(w_OI - rounded.dequantize(), moments.hessian_II)
-                            bits = round(rounded.bits_per_weight * w_OI.numel())
-                            one.errors[width] = one.errors.get(width, 0.0) + error
-                            one.costs[width] = one.costs.get(width, 0) + bits
-            stream.pass_through(layer)
+            with layer.present():
+                _measure_layer(layer, recipe, plain, fixed, stream, found)
+                stream.pass_through(layer)
             bar.advance()
     return found
+
+
+def _measure_layer(
+    layer: Layer,
+    recipe: Recipe,
+    plain: Recipe,
+    fixed: Mapping[str, int],
+    stream: Stream,
+    found: dict[str, _Sensitivity],
+) -> None:
+    for wire, linears in layer.groups.items():
+        experts = dict.fromkeys(x.expert for x in linears)
+        for expert, moments in moments_of(stream, layer, wire, experts):
+            for linear in (x for x in linears if x.expert == expert):
+                name, w_OI = f"layers.{layer.index}.{linear.role}", linear.weight_OI
+                one = found.setdefault(name, _Sensitivity())
+                one.output += energy(w_OI, moments.hessian_II)
+                one.weights += w_OI.numel()
+                widths = [fixed[name]] if name in fixed else WIDTHS
+                trial = partial(_try_width, name, w_OI, moments, plain)
+                for width, (error, bits) in zip(widths, dealt(widths, trial), strict=True):
+                    one.errors[width] = one.errors.get(width, 0.0) + error
+                    one.costs[width] = one.costs.get(width, 0) + bits
+
+
+def _try_width(name: str, w_OI: Tensor, moments: Moments, recipe: Recipe, width: int) -> tuple[float, int]:
+    """The squared error of a linear at a width, and what it takes, in bits."""
+    fmt = recipe.weight_format_of(name, bits=width)
+    assert fmt is not None
+    rounded, _ = round_matrix(w_OI, moments, fmt, recipe)
+    error = energy(w_OI - rounded.dequantize(), moments.hessian_II)
+    return error, round(rounded.bits_per_weight * w_OI.numel())

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from spinfold.compute import precision
+from spinfold.distributed import add_up, everyones, rank
 from spinfold.formats import ClipSearch, Format, IntFormat, QuantizedWeight, fit_grid
 from spinfold.networks import Layer, Linear
 from spinfold.recipe import Rounding
@@ -66,6 +67,12 @@ class _Learned:
         scale_OG = self.scale_OG().to(grid.scale_OG.dtype)
         return QuantizedWeight(q_OGg.flatten(1).to(grid.format.dtype), scale_OG, grid.zero_OG, grid.format)
 
+    def gradients(self) -> list[Tensor]:
+        """Those of V and c; zeros if no window was seen."""
+        for leaf in (self.v_OI, self.c_OG):
+            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        return [leaf.grad for leaf in (self.v_OI, self.c_OG) if leaf.grad is not None]
+
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """One signed step, and the gradients are forgotten."""
@@ -86,7 +93,7 @@ def _square(x: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Block:
-    """A layer with the inputs and wanted outputs of its windows, batches of `(B, T, D)`."""
+    """A layer with the inputs and wanted outputs of this process's windows, batches of `(B, T, D)`."""
 
     layer: Layer
     inputs: Sequence[Tensor]
@@ -112,7 +119,9 @@ class _Block:
     def error(self, learned: Sequence[_Learned]) -> float:
         """|layer(x; Ŵ) - y|² / |y|² over all windows."""
         error = sum(_square(self.run(x, learned) - y) for x, y in zip(self.inputs, self.wanted, strict=True))
-        return error / sum(map(_square, self.wanted))
+        sums = torch.tensor([error, sum(map(_square, self.wanted))], dtype=torch.float64)
+        add_up([sums])
+        return float(sums[0] / sums[1])
 
     def drawn(self, windows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Inputs and wanted outputs of these windows; all batches but the last are of one size."""
@@ -145,18 +154,24 @@ def autoround(
     learned = [_Learned(linear, formats[key], search, scale_dtype) for key, linear in layer.linears.items()]
     block = _Block(layer, inputs, wanted, kwargs, mode)
     steps, rate = settings.steps, settings.learning_rate or 1 / max(1, settings.steps)
-    count = sum(map(len, inputs))
+    counts = everyones(sum(map(len, inputs)))
+    first = sum(counts[: rank()])
+    own = range(first, first + counts[rank()])
     generator = torch.Generator().manual_seed(seed)
     best, nearest_error = [one.settled() for one in learned], block.error(learned)
     least = nearest_error
     for step in range(steps):
-        x_BTD, y_BTD = block.drawn(torch.randperm(count, generator=generator)[: settings.batch].tolist())
-        with torch.enable_grad():
-            torch.nn.functional.mse_loss(block.run(x_BTD, learned).float(), y_BTD.float()).backward()
+        drawn = torch.randperm(sum(counts), generator=generator)[: settings.batch].tolist()
+        if windows := [i - first for i in drawn if i in own]:
+            x_BTD, y_BTD = block.drawn(windows)
+            with torch.enable_grad():
+                error = torch.nn.functional.mse_loss(block.run(x_BTD, learned).float(), y_BTD.float())
+                (error * (len(windows) / len(drawn))).backward()
+        add_up(gradient for one in learned for gradient in one.gradients())
         for one in learned:
             one.step(rate * (1 - step / steps))
         if (step + 1) % max(1, steps // _CHECKS) == 0 or step + 1 == steps:
-            error = block.error(learned)
-            if error < least:
-                best, least = [one.settled() for one in learned], error
+            now = block.error(learned)
+            if now < least:
+                best, least = [one.settled() for one in learned], now
     return {one.linear.key: weight for one, weight in zip(learned, best, strict=True)}, least, nearest_error

@@ -7,15 +7,20 @@ Shapes: I in features, O out features, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from spinfold.compute import precision
+from spinfold.compute import precision, products
+from spinfold.distributed import summed
 from spinfold.errors import SpinfoldError
 
 __all__ = ["HessianAccumulator", "InverseFactor", "energy", "inverse_factor"]
+
+K = TypeVar("K", bound=Hashable)
 
 
 class HessianAccumulator:
@@ -36,8 +41,20 @@ class HessianAccumulator:
         y_TI = x_TI if y_TI is None else y_TI.reshape(-1, size)
         with precision("fp32", device):  # TF32 would lose more than the 1 % damping hides
             for x_PI, y_PI in zip(x_TI.split(8192), y_TI.split(8192), strict=True):
-                self._sum_II += y_PI.to(device, torch.float32).T @ x_PI.to(device, torch.float32)
+                x_PI = x_PI.to(device, torch.float32)
+                self._sum_II += _square(x_PI) if y_TI is x_TI else y_PI.to(device, torch.float32).T @ x_PI
         self.count += x_TI.shape[0]
+
+    @classmethod
+    def joined(cls, parts: Mapping[K, Self]) -> dict[K, Self]:
+        """What all processes have counted, by key; `parts` are used up."""
+        sums = summed({key: part._sum_II for key, part in parts.items()})
+        counts = summed({key: torch.tensor(part.count) for key, part in parts.items()})
+        whole: dict[K, Self] = {}
+        for key, sum_II in sums.items():
+            whole[key] = cls(0)
+            whole[key].count, whole[key]._sum_II = int(counts[key]), sum_II
+        return whole
 
     def value(self) -> Tensor:
         """H `(I, I)` in fp64, the mean over tokens. GPTQ's factor 2 is left out: scaling H changes no integer."""
@@ -48,6 +65,24 @@ class HessianAccumulator:
                 "Use more calibration text, or rounding `rtn`, which needs none.",
             )
         return self._sum_II / self.count
+
+
+def _square(x_TI: Tensor) -> Tensor:
+    """xᵀx in fp32: on a GPU from two TF32 products, which take a third of the time of one with IEEE arithmetic.
+
+    With x = h + l, h the leading 11 bits, it is hᵀh + s + sᵀ, s = hᵀl; what is left out, lᵀl, is 2^-22 of it.
+    """
+    if not x_TI.is_cuda:
+        return x_TI.T @ x_TI
+    h_TI = leading_bits(x_TI)
+    with products("tf32"):
+        square_II, s_II = h_TI.T @ h_TI, h_TI.T @ (x_TI - h_TI)
+    return square_II.add_(s_II).add_(s_II.T)
+
+
+def leading_bits(x: Tensor) -> Tensor:
+    """fp32 numbers cut to the 11 significant bits that TF32 has."""
+    return (x.contiguous().view(torch.int32) & -(1 << 13)).view(torch.float32)
 
 
 def energy(x_OI: Tensor, hessian_II: Tensor) -> float:
@@ -76,15 +111,22 @@ def inverse_factor(hessian_II: Tensor, damp: float) -> InverseFactor:
     (H is far from being a Hessian), U = 1: any diagonal U makes GPTQ round to nearest.
     """
     h_II = hessian_II.to(torch.float64)
-    diagonal_I = h_II.diagonal()
-    identity_II = torch.eye(h_II.shape[0], dtype=h_II.dtype, device=h_II.device)
+    mean = h_II.diagonal().abs().mean()
+    # Of a model with 70 billion weights each of these matrices has 6.6 GB: none is kept longer than it is needed.
     while True:
-        damped_II = h_II + damp * diagonal_I.abs().mean() * identity_II
-        l_II, failed_at = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
+        l_II = h_II.flip(0, 1)
+        l_II.diagonal().add_(damp * mean)
+        l_II, failed_at = torch.linalg.cholesky_ex(l_II)
         if not failed_at:
-            u_II = torch.linalg.solve_triangular(l_II, identity_II, upper=False).flip(0, 1)
+            u_II = torch.linalg.solve_triangular(l_II, _identity(h_II), upper=False)
+            del l_II
+            u_II = u_II.flip(0, 1)
             if u_II.isfinite().all():
                 return InverseFactor(u_II, damp, diagonal=False)
         if damp >= 1:
-            return InverseFactor(identity_II, damp, diagonal=True)
+            return InverseFactor(_identity(h_II), damp, diagonal=True)
         damp = min(1.0, max(0.001, damp) * 10)
+
+
+def _identity(like_II: Tensor) -> Tensor:
+    return torch.eye(len(like_II), dtype=like_II.dtype, device=like_II.device)

@@ -10,9 +10,10 @@ coordinate descent behind it. One column's best weight, all others held, is wher
 
     Ŵ_k ← Q(Ŵ_k + (E H)_k / H_kk)
 
-which never raises the objective, as the nearest grid point is the best one of a parabola.
+which never raises the objective, as the nearest grid point is the best one of a parabola. Both are `round_columns` with
+errors e_k = Ŵ_k - W_k, or the step that Ŵ_k takes.
 
-Shapes: O out features, I in features; the last axis 1 is one column.
+Shapes: O out features, I in features.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 from spinfold.compute import precision
-from spinfold.formats import ClipSearch, Format, Grid, QuantizedWeight, fit_grid
+from spinfold.formats import ClipSearch, Format, QuantizedWeight, fit_grid
+from spinfold.rounding.columns import round_columns
 from spinfold.rounding.gptq import GPTQReport, live_problem, report_of
 from spinfold.rounding.hessian import inverse_factor
 
@@ -51,36 +53,14 @@ def ldlq(
     m_II = torch.linalg.solve_triangular(u_II, u_II.diagonal().diag(), upper=True).to(w_OI.dtype)
     damped_II = h_II + factor.damping * h_II.diagonal().abs().mean() * torch.eye(len(h_II)).to(h_II)
     with precision("fp32", w_OI.device):
-        q_OI, rounded_OI = _feed_back(w_OI, m_II, grid)
+        rounded = round_columns(w_OI, m_II, grid, base_OI=w_OI)
         for _ in range(0 if factor.diagonal else passes):
-            _descend(w_OI, damped_II.to(w_OI.dtype), grid, q_OI, rounded_OI)
-    rounded = QuantizedWeight(q_OI, grid.scale_OG, grid.second_OG, fmt)
-    return rounded, report_of(w_OI, h_II, rounded_OI, nearest_OI, factor, num_dead)
+            rounded = _descend(w_OI, damped_II.to(w_OI.dtype), rounded)
+    return rounded, report_of(w_OI, h_II, rounded.dequantize(w_OI.dtype), nearest_OI, factor, num_dead)
 
 
-def _feed_back(w_OI: Tensor, m_II: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The integers and the weights that they stand for."""
-    e_IO = torch.zeros_like(w_OI.T, memory_format=torch.contiguous_format)
-    q_OI, rounded_OI = torch.empty_like(w_OI, dtype=grid.format.dtype), torch.empty_like(w_OI)
-    for k, w_O in enumerate(w_OI.T):
-        _put(k, w_O + m_II[:k, k] @ e_IO[:k], grid, q_OI, rounded_OI)
-        e_IO[k] = w_O - rounded_OI[:, k]
-    return q_OI, rounded_OI
-
-
-def _descend(w_OI: Tensor, h_II: Tensor, grid: Grid, q_OI: Tensor, rounded_OI: Tensor) -> None:
-    """One pass of coordinate descent, in place."""
-    e_OI = w_OI - rounded_OI
-    for k in range(w_OI.shape[1]):
-        _put(k, rounded_OI[:, k] + e_OI @ h_II[:, k] / h_II[k, k], grid, q_OI, rounded_OI)
-        e_OI[:, k] = w_OI[:, k] - rounded_OI[:, k]
-
-
-def _put(k: int, target_O: Tensor, grid: Grid, q_OI: Tensor, rounded_OI: Tensor) -> None:
-    """Make column k the grid's nearest to `target_O`."""
-    fmt, group = grid.format, k // grid.format.group_of(q_OI.shape[1])
-    second_O = None if grid.second_OG is None else grid.second_OG[:, group].to(target_O.dtype)
-    column = grid.scale_OG[:, group].to(target_O.dtype), second_O
-    element_O = fmt.nearest(target_O, *column)
-    q_OI[:, k] = fmt.encode(element_O)
-    rounded_OI[:, k] = fmt.values(element_O, *column)
+def _descend(w_OI: Tensor, h_II: Tensor, rounded: QuantizedWeight) -> QuantizedWeight:
+    """One pass of coordinate descent: a step from Ŵ_k by -e takes e H_kj / H_jj from what column j aims at."""
+    rounded_OI, diagonal_I = rounded.dequantize(w_OI.dtype), h_II.diagonal()
+    aim_OI = rounded_OI + (w_OI - rounded_OI) @ h_II / diagonal_I
+    return round_columns(aim_OI, h_II / diagonal_I, rounded.grid, base_OI=rounded_OI)

@@ -49,7 +49,7 @@ def round_matrix(w_OI: Tensor, moments: Moments | None, fmt: Format, recipe: Rec
     start_OI = w_OI
     if settings.absorb is not None:
         start_OI = absorb_outliers(w_OI, hessian_II, fmt, share=settings.absorb, **grid)
-    columns = grid | {"damp": settings.damp, "act_order": settings.act_order, "block_size": settings.block_size}
+    columns = grid | settings.model_dump(include={"damp", "act_order", "static_groups", "block_size"})
     if method == "rtn":
         rounded, damping = round_nearest(start_OI, fmt, **grid), None
     else:

@@ -12,12 +12,15 @@ Shapes: N windows, T tokens, B windows per batch, D residual width, O out featur
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from spinfold.distributed import dealt
 from spinfold.formats import Format, QuantizedWeight
 from spinfold.networks import Layer, Linear, Network
 from spinfold.progress import Progress, Quiet
@@ -73,6 +76,9 @@ def round_network(
 ) -> Iterator[list[RoundedLinear]]:
     """Round in place, and yield each layer's linears when they are; weights become the dequantized values.
 
+    Where a layer is not on the device for good, the list that was yielded is kept, to be put in place in each turn: its
+    elements may be replaced by the same that lie elsewhere.
+
     `ids_NT` are the calibration windows; `rtn` alone needs none. `done` holds the first layers of an earlier run with
     the same arguments: they are put in place, not rounded again, and the rest comes out as it would have. A budget is
     met first (`allocate.meet_budget`).
@@ -95,22 +101,31 @@ def round_network(
 
 
 def _place(layer: Layer, rounded: Sequence[RoundedLinear]) -> None:
+    """The rounded weights as the layer's, while it is present."""
     linears = layer.linears
     for one in rounded:
         w_OI = linears[one.key].weight_OI
-        w_OI.copy_(one.weight.dequantize())
+        w_OI.copy_(one.weight.to(w_OI.device).dequantize())
+
+
+def _settle(layer: Layer, rounded: list[RoundedLinear]) -> list[RoundedLinear]:
+    """The rounded weights as the layer's for good; where they lie if the layer comes and goes: on the host."""
+    if layer.away is not None:
+        rounded = [replace(one, weight=one.weight.to("cpu")) for one in rounded]
+    layer.change(partial(_place, rounded=rounded))
+    return rounded
 
 
 def _on_weights(network: Network, recipe: Recipe, done: Sequence[list[RoundedLinear]]) -> Iterator[list[RoundedLinear]]:
     """All layers' linears, those of `done` as they are."""
     for layer in network.layers:
-        rounded = (
-            done[layer.index]
-            if layer.index < len(done)
-            else [one for linear in layer.linears.values() for one in _round_alike([linear], None, recipe)]
-        )
-        _place(layer, rounded)
-        yield rounded
+        with layer.present():
+            rounded = (
+                done[layer.index]
+                if layer.index < len(done)
+                else [one for linear in layer.linears.values() for one in _round_alike([linear], None, recipe)]
+            )
+            yield _settle(layer, rounded)
 
 
 @torch.no_grad()
@@ -121,22 +136,21 @@ def _on_data(
     stream, needs = Stream(network, ids_NT, recipe.compute), ROUNDINGS[recipe.rounding.method]
     unrounded = stream.copy() if "original" in needs else None
     for layer in network.layers:
-        drifts = unrounded and "hessian" in needs and layer.index >= len(done)
-        original = (unrounded.copy(), copy_layer(layer)) if unrounded and drifts else None
-        if unrounded:
-            unrounded.pass_through(layer)
-        if layer.index < len(done):
-            rounded = done[layer.index]
-            _place(layer, rounded)
-        elif recipe.rounding.method == "autoround":
-            assert unrounded is not None
-            rounded = _learn_layer(layer, recipe, stream, unrounded.batches)
-            _place(layer, rounded)
-        else:
-            rounded = _round_layer(layer, recipe, stream, original)
-        yield rounded
-        if layer.index + 1 < len(network.layers):
-            stream.pass_through(layer)
+        with layer.present():
+            drifts = unrounded and "hessian" in needs and layer.index >= len(done)
+            original = (unrounded.copy(), copy_layer(layer)) if unrounded and drifts else None
+            if unrounded:
+                unrounded.pass_through(layer)
+            if layer.index < len(done):
+                rounded = done[layer.index]
+            elif recipe.rounding.method == "autoround":
+                assert unrounded is not None
+                rounded = _learn_layer(layer, recipe, stream, unrounded.batches)
+            else:
+                rounded = _round_layer(layer, recipe, stream, original)
+            yield _settle(layer, rounded)
+            if layer.index + 1 < len(network.layers):
+                stream.pass_through(layer)
 
 
 def _round_layer(
@@ -146,17 +160,21 @@ def _round_layer(
     rounded: list[RoundedLinear] = []
     for wire, linears in layer.groups.items():
         experts = dict.fromkeys(x.expert for x in linears)
-        group: list[RoundedLinear] = []
-        for expert, moments in moments_of(stream, layer, wire, experts, original):
-            readers: dict[Format, list[Linear]] = {}
-            for linear in linears:
-                if linear.expert == expert:
-                    readers.setdefault(_format_of(linear, recipe), []).append(linear)
-            for alike in readers.values():
-                group += _round_alike(alike, moments, recipe)
+        moments = moments_of(stream, layer, wire, experts, original)
+        jobs = ((alike, one) for expert, one in moments for alike in _alike(linears, expert, recipe))
+        group = list(chain.from_iterable(dealt(jobs, lambda job: _round_alike(*job, recipe))))
         _place(layer, group)
         rounded += group
     return rounded
+
+
+def _alike(linears: Sequence[Linear], expert: int | None, recipe: Recipe) -> Iterable[list[Linear]]:
+    """Those of an expert by their format."""
+    readers: dict[Format, list[Linear]] = {}
+    for linear in linears:
+        if linear.expert == expert:
+            readers.setdefault(_format_of(linear, recipe), []).append(linear)
+    return readers.values()
 
 
 def _round_alike(linears: Sequence[Linear], moments: Moments | None, recipe: Recipe) -> list[RoundedLinear]:

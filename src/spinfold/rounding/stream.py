@@ -15,18 +15,21 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from spinfold.compute import pick_precision, precision
+from spinfold import networks
+from spinfold.compute import precision
+from spinfold.distributed import share
 from spinfold.networks import Layer, Network
 from spinfold.rounding.hessian import HessianAccumulator
 
 __all__ = ["Moments", "Stream", "copy_layer", "moments_of"]
 
 _TOKENS_PER_BATCH = {"cuda": 32768, "cpu": 4096}
+_MOST_NUMBERS = 1 << 29  # on the widest wire
 
 
 @dataclass(frozen=True)
@@ -37,30 +40,13 @@ class Moments:
     drift_II: Tensor | None = None
 
 
-class Stream:
-    """The calibration tokens at the input of a layer, batch by batch: `(B, T, D)` each."""
+class Stream(networks.Stream):
+    """The calibration tokens at the input of a layer, those of this process's share."""
 
     def __init__(self, network: Network, ids_NT: Tensor, compute: str) -> None:
-        self.device = network.device
-        self.mode = pick_precision(compute, self.device)
-        self.batches: list[Tensor] = []
-        self.kwargs_of: list[dict[str, Any]] = []
-        windows_per_batch = max(1, _TOKENS_PER_BATCH.get(self.device.type, 4096) // ids_NT.shape[1])
-        for ids_BT in ids_NT.to(self.device).split(windows_per_batch):
-            x_BTD, self.kwargs_of = network.layer_arguments(ids_BT)
-            self.batches.append(x_BTD)
-
-    def copy(self) -> Self:
-        """The same tokens on a way of their own."""
-        twin = copy.copy(self)
-        twin.batches = list(self.batches)
-        return twin
-
-    def pass_through(self, layer: Layer) -> None:
-        """On to the input of the next layer."""
-        with precision(self.mode, self.device):
-            for i, x_BTD in enumerate(self.batches):
-                self.batches[i] = layer(x_BTD, **self.kwargs_of[layer.index])
+        tokens = _TOKENS_PER_BATCH.get(network.device.type, 4096)
+        tokens = min(tokens, _MOST_NUMBERS // max(layer.mlp_width for layer in network.layers))
+        super().__init__(network, ids_NT, compute, tokens, share(len(ids_NT)))
 
     def on_wire(self, layer: Layer, wire: str) -> Iterator[tuple[Tensor, Tensor | None]]:
         """What a wire of the next layer carries, fp32, and on the wires of experts which of them a token meets,
@@ -86,9 +72,9 @@ class _Enough(Exception):
 
 
 def copy_layer(layer: Layer) -> Layer:
-    """A layer that computes what this one does now, whatever happens to its weights."""
+    """A layer that computes what this one, which is present, does now, whatever happens to its weights."""
     twin = copy.copy(layer)
-    twin.module = copy.deepcopy(layer.module)
+    twin.module, twin.away = copy.deepcopy(layer.module), None
     twin.wires = cast(nn.ModuleDict, twin.module.wires)
     return twin
 
@@ -110,12 +96,16 @@ def moments_of(
     unrounded = original[0].on_wire(original[1], wire) if original else None
     for x, experts_TK in stream.on_wire(layer, wire):
         for expert, x_TI in _rows(x, experts_TK):
-            hessians.setdefault(expert, HessianAccumulator(x_TI.shape[1], x.device)).add(x_TI)
+            if expert not in hessians:
+                hessians[expert] = HessianAccumulator(x_TI.shape[1], x.device)
+            hessians[expert].add(x_TI)
         if unrounded is not None and experts_TK is None:
             drift = drift or HessianAccumulator(x.shape[-1], x.device)
             drift.add(x, next(unrounded)[0] - x)
+    hessians = HessianAccumulator.joined(hessians)
+    drift = HessianAccumulator.joined({None: drift} if drift else {}).get(None)
     if None in hessians:
-        yield None, Moments(hessians[None].value(), drift.value() if drift else None)
+        yield None, Moments(hessians.pop(None).value(), drift.value() if drift else None)
         return
     total = sum(one.count for one in hessians.values())
     mean_II = sum((one.value() * (one.count / total) for one in hessians.values()), start=torch.zeros(()))

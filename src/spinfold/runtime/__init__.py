@@ -1,9 +1,12 @@
 """Torch modules of a quantized network: online ops and quantizers."""
 
+from spinfold.runtime.cache import QuantizeCache
 from spinfold.runtime.online import (
     Clips,
     OnlineMap,
     Quantize,
+    QuantizeChannels,
+    cache_quantizer,
     maps_around,
     quantize_wires,
     quantized_wires,
@@ -14,6 +17,9 @@ __all__ = [
     "Clips",
     "OnlineMap",
     "Quantize",
+    "QuantizeCache",
+    "QuantizeChannels",
+    "cache_quantizer",
     "maps_around",
     "quantize_wires",
     "quantized_wires",

@@ -7,21 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Self
+from functools import partial
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from spinfold.formats import Format, fake_quantize
+from spinfold.formats import Format, IntFormat, fake_quantize
 from spinfold.maps import BlockDiagonal, Map, SiteMaps
 from spinfold.networks import Layer, Network
 from spinfold.recipe import Recipe
+from spinfold.runtime.cache import QuantizeCache
+from spinfold.runtime.transforms import add_change, fake_quantize_through
 
 __all__ = [
     "Clips",
     "OnlineMap",
     "Quantize",
+    "QuantizeChannels",
+    "cache_quantizer",
     "maps_around",
     "quantize_wires",
     "quantized_wires",
@@ -49,6 +54,16 @@ class OnlineMap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.map.apply(x)
 
+    def with_next(self, op: nn.Module) -> Callable[[Tensor], Tensor] | None:
+        """The map and a dynamic quantizer behind it at once; None for any other op."""
+        if type(op) is not Quantize or op.map is not None or op.scale_gradient:
+            return None
+        return partial(fake_quantize_through, map=self.map, fmt=op.format, clip=op.clip)
+
+    def added_to(self, branch: Tensor, x: Tensor, factor: float) -> Tensor:
+        """branch + (x M - x) / factor."""
+        return add_change(branch, x, self.map, factor)
+
 
 class Quantize(nn.Module):
     """x -> Q(x M) M^-1: what quantization in the basis M does to x, told in the basis of x.
@@ -71,16 +86,34 @@ class Quantize(nn.Module):
         return y if self.map is None else self.map.inverse().apply(y)
 
 
+class QuantizeChannels(Quantize):
+    """The same with a grid per channel of `format.group_size` successive tokens, `(..., T, N)` with whole groups."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x if self.map is None else self.map.apply(x)
+        y = fake_quantize(y.mT.contiguous(), self.format, clip=self.clip, scale_gradient=self.scale_gradient).mT
+        return y if self.map is None else self.map.inverse().apply(y)
+
+
+def cache_quantizer(format: IntFormat) -> type[Quantize]:
+    """The op for keys or values of this format, whose group size counts tokens (`formats.cache`)."""
+    return QuantizeChannels if format.group_size else Quantize
+
+
 def quantized_wires(layer: Layer, recipe: Recipe, maps: SiteMaps) -> dict[str, tuple[Format, Map | None]]:
-    """The wires of a layer that the recipe quantizes: the grid, and the map through which the quantizer acts."""
+    """The wires of a layer that the recipe quantizes: the grid, and the map through which the quantizer acts.
+
+    A group size of keys or values counts tokens, not neighbours (`formats.cache`).
+    """
+    cache = recipe.kv_format
     value, query_key, down = (maps.at(site, layer.index) for site in ("value", "query_key", "down"))
     wires: dict[str, tuple[Format | None, Map | None]] = {
         "qkv_input": (recipe.activation_format, maps.norm_output_at(2 * layer.index)),
         "mlp_input": (recipe.activation_format, maps.norm_output_at(2 * layer.index + 1)),
         "attention_out": (recipe.attention_out_format(layer.head_dim), value and BlockDiagonal(value, layer.num_heads)),
         "down": (recipe.activation_format, down),
-        "key": (recipe.kv_format, query_key),
-        "value": (recipe.kv_format, value),
+        "key": (cache.key if cache else None, query_key),
+        "value": (cache.value if cache else None, value),
     }
     return {wire: (format, map) for wire, (format, map) in wires.items() if format is not None}
 
@@ -101,14 +134,20 @@ def quantize_wires(
     `formats.fake_quantize`.
     """
     placed: list[nn.ModuleList] = []
+    cache = recipe.kv_format
     for layer in network.layers:
+        ops: dict[str, nn.Module] = {}
         for wire, (format, map) in quantized_wires(layer, recipe, maps or SiteMaps()).items():
             ratio = (clips or {}).get(f"{layer.index}.{wire}", format.clip)
             clip = ratio if isinstance(ratio, Tensor) else None
             format = format if isinstance(ratio, Tensor) else replace(format, clip=ratio)
-            ops = layer.wire(wire).ops
-            ops.append(Quantize(format, map, clip=clip, scale_gradient=scale_gradient))
-            placed.append(ops)
+            kind = cache_quantizer(cast(IntFormat, format)) if wire in ("key", "value") else Quantize
+            ops[wire] = kind(format, map, clip=clip, scale_gradient=scale_gradient)
+        if cache and not cache.by_token:
+            ops["cache"] = QuantizeCache(cache, ops.pop("key", None), ops.pop("value", None), layer.rope)
+        for wire, op in ops.items():
+            layer.wire(wire).ops.append(op)
+            placed.append(layer.wire(wire).ops)
 
     def take_off() -> None:
         for ops in placed:

@@ -1,0 +1,136 @@
+"""What several processes must compute as one does, all in one program: `torchrun` starts it, or a test calls `compute`.
+
+python several_processes.py FOLDER        of test_distributed.py, with llama/, experts/ and text.txt
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tiny_run
+import torch
+
+import spinfold
+from spinfold import distributed as together
+from spinfold import pipeline
+from spinfold.fitting.capture import capture
+from spinfold.fitting.end_to_end import Schedule, fit_end_to_end
+from spinfold.fitting.objectives import next_token_loss
+from spinfold.maps import CayleySGD
+from spinfold.methods.base import FitTask
+from spinfold.methods.quarot import hadamard_maps
+from spinfold.methods.spinquant import learnable
+from spinfold.networks.sources import resolve
+from spinfold.progress import Quiet, launched
+from spinfold.recipe import Recipe
+from spinfold.rounding import round_network
+from spinfold.runtime import quantize_wires
+
+METHODS: Mapping[str, dict[str, Any]] = {
+    "spinquant": {"fit__loss": "kl", "activations__clip": "learned"},
+    "kurtail": {"fit__steps": 3},
+    "optrot-plus": {"fit__steps": 3, "fit__batch": 1},
+    "dfrot": {"fit__steps": 3},
+    "spinout": {"fit__steps": 1, "fit__layers": "kurtosis"},
+}
+ROUNDINGS: Mapping[tuple[str, str], dict[str, Any]] = {
+    ("llama", "gptaq"): {},
+    ("llama", "autoround"): {"rounding__steps": 3, "rounding__batch": 3},
+    ("llama", "budget"): {"rounding__method": "gptq", "budget": 4.0},
+    ("experts", "gptq"): {},
+}
+
+
+def compute(folder: Path) -> dict[str, Any]:
+    """Named results: tensors, numbers, and lists of them."""
+    found: dict[str, Any] = {}
+    recipe = tiny_run.recipe(
+        folder / "text.txt", calibration__samples=5, fit__batch=3, compute="fp32", weights__clip_search=False
+    )
+    run = spinfold.quantize(str(folder / "llama"), folder / f"run-{launched()[1]}", recipe, device="cpu").data
+    found["whole run"] = {
+        "losses": run["fit"]["losses"],
+        "figures": [row[name] for row in run["metrics"]["rows"] for name in ("perplexity", "kl") if row[name]],
+        "errors": [one["error"] for one in run["rounding"]],
+    }
+    with together.joined():
+        found["verbs"] = _verbs()
+        subjects = {}
+        for model in ("llama", "experts"):
+            checkpoint = resolve(str(folder / model))
+            subjects[model] = pipeline.prepare(checkpoint, recipe, torch.device("cpu"), Quiet())
+        subject = subjects["llama"]
+        for name, changes in METHODS.items():
+            rotated = pipeline.rotate_network(subject, recipe.with_(**{"method": name} | changes), Quiet())
+            maps = [one.matrix() for _, one in rotated.maps.each()]
+            found[name] = {"losses": list(rotated.log.losses), "maps": maps, "clips": dict(rotated.log.clips)}
+        found["shared out"] = _shared_out(subject, recipe)
+        few = subject.windows(32, 1, 0)  # fewer than processes
+        found["capture"] = capture(subject.network, few, ["down"], 7, 0)
+        for (model, name), changes in ROUNDINGS.items():
+            network, ids_NT = subjects[model].network.copy(), subjects[model].windows(128, 5, 0)
+            layers = round_network(network, recipe.with_(**{"rounding__method": name} | changes), ids_NT)
+            linears = [one for layer in layers for one in layer]
+            weights = [one.weight.dequantize() for one in linears if one.layer == 0]
+            found[f"{name} of {model}"] = {"weights": weights, "errors": [one.error for one in linears]}
+    return found
+
+
+def _shared_out(subject: pipeline.Subject, recipe: Recipe) -> dict[str, Any]:
+    """A fit with whole weights in each process, and one with parts of them: of three passes one process has one, the
+    other two. With 8 bits, since 4 of so small a network make much of a difference in the last bit."""
+    recipe, ids_NT = recipe.with_(bits="W8A8KV8"), subject.windows(32, 6, 0)
+    found: dict[str, Any] = {}
+    for shared_out in (False, True):
+        network = subject.network.held(torch.float32, shared_out=shared_out)
+        assert network.resident is not shared_out
+        task = FitTask(network, recipe, ("residual", "value"), lambda *_: ids_NT)
+        maps, learned = learnable(hadamard_maps(task, random_value=True), network.device)
+        quantize_wires(network, recipe, maps, scale_gradient=True)
+        loss, schedule = partial(next_token_loss, network), Schedule(steps=3, batch=3, tokens_per_pass=32)
+        log = fit_end_to_end(network, loss, [ids_NT], [CayleySGD(learned, 0.02)], schedule, "fp32")
+        found["parts" if shared_out else "whole"] = list(log.losses)
+    assert found["parts"] == found["whole"]
+    return {"losses": found["parts"]}
+
+
+def _verbs() -> dict[str, Any]:
+    """What the verbs give that does not depend on how many processes there are."""
+    seven = list(range(7))
+    mine = torch.tensor(seven[together.share(7)], dtype=torch.float64)
+    x = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    value = together.total((together.spread(x) ** 3 * mine).sum())
+    value.backward()
+    strided = torch.ones(2, 3)[:, together.share(3)].sum(1).repeat(2, 1).T
+    together.add_up([strided])
+    return {
+        "shares": [i for part in together.everyones(seven[together.share(7)]) for i in part],
+        "objective": value.detach(),
+        "gradient": x.grad,
+        "strided": strided,
+        "by key": together.summed({key: torch.tensor([1.0]) for key in "abc"[together.share(3)]}),
+        "alike": together.alike({"bits": torch.tensor([True, False]), "rank": together.rank()}),
+        "dealt": together.dealt(range(5), lambda i: torch.tensor(i, dtype=torch.bfloat16)),
+        "first": together.on_first(together.rank),
+    }
+
+
+def launch(command: list[str], count: int) -> list[subprocess.Popen[bytes]]:
+    """`command` in `count` processes, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    own = [{"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
+    return [subprocess.Popen(command, env=os.environ | common | one) for one in own]
+
+
+if __name__ == "__main__":
+    torch.save(compute(Path(sys.argv[1])), Path(sys.argv[1]) / f"results-{os.environ['RANK']}.pt")

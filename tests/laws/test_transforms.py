@@ -1,0 +1,243 @@
+"""The kernels of the online transforms give what `runtime.transforms` and the maps define.
+
+Not bit for bit: sums come in another order, and numbers of 16 bits pass through fp16 between the two products. So a
+number near the middle between two elements may go to the other one, and none may go further.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from on_device import DEVICE, INTERPRETED, NARROW, direct, elsewhere, passes_in_the_interpreter, random
+from torch import nn
+
+from spinfold.formats import FLOAT_FORMATS, IntFormat, fake_quantize
+from spinfold.maps import Hadamard, LowRankCorrection
+from spinfold.networks import Wire
+from spinfold.runtime import OnlineMap, Quantize
+from spinfold.runtime.transforms import Encoded, add_change, as_stored, encode, fake_quantize_through, numbers
+
+SIZES = (576, 1536, 3072, 4096, 5120, 8192, 9728, 11008, 14336, 18944)
+FORMATS = {
+    "INT4": IntFormat(4, False),
+    "INT4 clipped": IntFormat(4, True, clip=0.9),
+    "INT4 in groups": IntFormat(4, False, 16),
+    "INT8": IntFormat(8, True),
+    "FP8": FLOAT_FORMATS["fp8"],
+    "MXFP4": FLOAT_FORMATS["mxfp4"],
+    "MXFP4 even": replace(FLOAT_FORMATS["mxfp4"], scale="even"),
+    "MXFP6": FLOAT_FORMATS["mxfp6"],
+    "MXFP8": FLOAT_FORMATS["mxfp8"],
+    "NVFP4": replace(FLOAT_FORMATS["nvfp4"], outer="row"),
+    "E5M2 scales": replace(FLOAT_FORMATS["nvfp4"], scale="e5m2", outer=None),
+}
+
+CASES = [(576, torch.float16, name) for name in FORMATS]
+CASES += [(1024, torch.float32, name) for name in ("INT8", "MXFP4", "MXFP4 even", "MXFP8", "E5M2 scales")]
+CASES += [(1536, torch.float32, "INT4 in groups"), (1536, torch.float16, "NVFP4"), (128, torch.float32, "INT4")]
+if not INTERPRETED:
+    CASES += [(3072, torch.bfloat16, name) for name in FORMATS]
+    CASES += [(size, torch.bfloat16, name) for size in (64, *SIZES) for name in ("INT4", "NVFP4")]
+
+
+@elsewhere
+def test_the_kernels_agree_in_the_interpreter():
+    passes_in_the_interpreter(__file__)
+
+
+def uneven(num_tokens: int, size: int) -> torch.Tensor:
+    """Rows whose channels differ tenfold, the second a thousand times as large."""
+    x = random(num_tokens, size) * torch.linspace(0.3, 3, size, device=DEVICE)
+    x[1:2] *= 1000
+    return x
+
+
+def clip_of(fmt):
+    return torch.tensor(fmt.clip, device=DEVICE)
+
+
+@direct
+@pytest.mark.parametrize("size", [32, 64, 128, *SIZES])
+@pytest.mark.parametrize(
+    ("dtype", "seed", "transposed"),
+    [
+        (torch.float32, None, False),
+        (NARROW, 1, False),
+        (NARROW, 2, True),
+        *[(torch.float16, 3, False)] * (not INTERPRETED),
+    ],
+)
+def test_the_map(size, dtype, seed, transposed):
+    map = Hadamard(size, seed)
+    map = map.inverse() if transposed else map
+    x = uneven(3, size).to(dtype)
+    if not map.has_kernel(x):
+        pytest.skip("no kernel: too large for fp32")
+    expected = map.apply(x.double())
+    error = (map.by_kernel(x) - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.max() < {torch.float32: 4e-7, torch.float16: 5e-4, torch.bfloat16: 2.5e-3}[dtype]
+
+
+@direct
+@pytest.mark.parametrize(("size", "dtype", "name"), CASES)
+def test_the_map_with_a_quantizer(size, dtype, name):
+    fmt, map, x = FORMATS[name], Hadamard(size), uneven(3, size).to(dtype)
+    if not map.has_kernel(x, fmt.group_size or 0) or (name == "NVFP4" and size <= 128):
+        pytest.skip("no kernel: too large for fp32, groups cross rows of the matrix, or short rows share a scale")
+    rotated = map.apply(x.double()).float()
+    exact = fake_quantize(rotated, fmt)
+    fake = map.by_kernel(x, grid=numbers(fmt), clip=clip_of(fmt))
+    assert fake.dtype == dtype
+    # What is not the same number goes to the next element, whose distance is at most that of the two largest.
+    step = (rotated - exact).abs().amax(-1, keepdim=True) * 2.2 + 1e-6
+    gap = (fake - exact).abs() - 2.0**-8 * exact.abs() * (dtype != torch.float32)
+    assert (gap <= step).all()
+    limit = 0.002 if dtype == torch.float32 else 0.03
+    assert (gap > 1e-3 * step).float().mean() < limit
+    if fmt.bits not in (4, 8):
+        return
+    expected = encode(rotated, fmt)
+    codes = map.by_kernel(x, grid=numbers(fmt), clip=clip_of(fmt), packed=True)
+    packed = Encoded(codes.codes, *as_stored(fmt, codes.scale, codes.second))
+    assert [t.dtype for t in packed if t is not None] == [t.dtype for t in expected if t is not None]
+    assert [t.shape for t in packed if t is not None] == [t.shape for t in expected if t is not None]
+    assert (packed.codes != expected.codes).float().mean() < 2 * limit
+    torch.testing.assert_close(packed.scale.float(), expected.scale.float(), rtol=0.15, atol=0)
+
+
+@direct
+@pytest.mark.parametrize("name", ["INT4", "INT4 in groups", "MXFP4", "NVFP4"])
+def test_what_is_not_finite_spoils_its_row_only(name):
+    fmt, map = FORMATS[name], Hadamard(1024)
+    x = random(5, map.size)
+    x[1, 7], x[2, 500], x[3] = float("nan"), float("-inf"), 0
+    y = map.by_kernel(x, grid=numbers(fmt))
+    assert y[1:3].isnan().all()
+    assert (y[3] == 0).all()
+    assert torch.equal(y[[0, 4]], map.by_kernel(x[[0, 4]], grid=numbers(fmt)))
+
+
+@direct
+def test_numbers_near_the_ends_of_fp32_keep_their_precision():
+    map = Hadamard(576)
+    for factor in (1e-35, 1e30):
+        x = random(3, 576) * factor
+        expected = map.apply(x.double())
+        assert (map.by_kernel(x) - expected).norm() < 1e-5 * expected.norm()
+
+
+@direct
+@pytest.mark.parametrize("size", [1536] if INTERPRETED else SIZES)
+def test_every_way_to_cut_the_work(size):
+    from spinfold.kernels.hadamard import tilings
+
+    map, x = Hadamard(size, seed=4), random(5, size).to(NARROW)
+    expected = map.apply(x.double())
+    cuts = {tiling._replace(programs=1, num_stages=2, num_warps=8): tiling for tiling in tilings(map.orders)}
+    for cut in cuts:
+        tiling = cut if INTERPRETED else cuts[cut]
+        assert (map.by_kernel(x, tiling=tiling) - expected).norm() < 3e-3 * expected.norm()
+
+
+@direct
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+def test_the_number_of_tokens_does_not_matter(num_tokens):
+    map, fmt = Hadamard(576), FORMATS["INT4"]
+    x = random(7, 576)
+    whole = map.by_kernel(x, grid=numbers(fmt))
+    assert torch.equal(map.by_kernel(x[:num_tokens], grid=numbers(fmt)), whole[:num_tokens])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA")
+def test_the_gradient_is_that_of_the_map():
+    map, x, g = Hadamard(11008, seed=1), random(3, 11008).requires_grad_(), random(3, 11008, seed=1)
+    (actual,) = torch.autograd.grad(map.apply(x), x, g)
+    torch.testing.assert_close(actual.double(), map.inverse().apply(g.double()), rtol=0, atol=1e-5)
+
+
+def roped(x_BTHN, cos_BTN, sin_BTN):
+    first, second = x_BTHN.float().chunk(2, -1)
+    cos, sin = cos_BTN[:, :, None].float(), sin_BTN[:, :, None].float()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+@direct
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, NARROW])
+def test_heads_through_rope_a_rotation_and_a_quantizer(size, batch, dtype):
+    from spinfold.kernels.heads import rotate_heads, split_matrix
+
+    R_NN = torch.linalg.qr(random(size, size, seed=1).double())[0]
+    x, angle = random(2, 7, 3, size).to(dtype), random(batch, 7, size // 2, seed=2)
+    cos, sin = angle.cos(), angle.sin()
+    options = {"matrix": split_matrix(R_NN), "cos": cos, "sin": sin}
+    exact = roped(x, cos, sin).double() @ R_NN
+    error = (rotate_heads(x, **options) - exact).norm() / exact.norm()
+    assert error < {torch.float32: 5e-7, torch.float16: 6e-4, torch.bfloat16: 3e-3}[dtype]
+    fmt = IntFormat(4, False)
+    grid = numbers(replace(fmt, group_size=size))
+    expected = encode(exact.float(), fmt)
+    codes = rotate_heads(x, grid=grid, packed=True, **options)
+    assert (codes.codes != expected.codes).float().mean() < (0.001 if dtype == torch.float32 else 0.03)
+    assert codes.second.shape == expected.second.shape
+    fake = rotate_heads(x, grid=grid, **options)
+    gap = (fake - fake_quantize(exact.float(), fmt)).abs()
+    assert (gap > 0.02 * exact.abs().amax(-1, keepdim=True)).float().mean() < 0.01
+
+
+@direct
+@pytest.mark.parametrize(("dtype", "branch_dtype"), [(torch.float32,) * 2, (NARROW,) * 2, (torch.float32, NARROW)])
+@pytest.mark.parametrize(("num_tokens", "size", "rank"), [(1, 64, 3), (37, 576, 20), (0, 64, 3)])
+@pytest.mark.parametrize("with_x", [True, False])
+def test_the_low_rank_sum(dtype, branch_dtype, num_tokens, size, rank, with_x):
+    from spinfold.kernels.low_rank import low_rank_sum
+
+    x, branch = random(num_tokens, size).to(dtype), random(num_tokens, size, seed=1).to(branch_dtype)
+    U_NR, V_RN = (random(size, rank, seed=2) * size**-0.5).to(dtype), random(rank, size, seed=3).to(dtype)
+    y = low_rank_sum(x, branch, U_NR, V_RN, with_x=with_x)
+    expected = branch.double() + with_x * x.double() + x.double() @ U_NR.double() @ V_RN.double()
+    assert y.dtype == torch.promote_types(dtype, branch_dtype)
+    assert (y - expected).norm() <= (2e-6 if dtype == torch.float32 else 4e-3) * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clip", [None, 0.8])
+def test_a_wire_does_a_map_and_the_quantizer_behind_it_at_once(dtype, clip):
+    map, fmt, x = Hadamard(96, seed=0), IntFormat(4, False), random(2, 5, 96).to(dtype)
+    ratio = None if clip is None else torch.tensor(clip, device=DEVICE)
+    wire = Wire()
+    wire.ops.extend([nn.Identity(), OnlineMap(map), Quantize(fmt, clip=ratio), nn.Identity()])
+    expected = fake_quantize(map.apply(x.float()), fmt, clip=ratio).to(dtype)
+    assert (wire(x) != expected).float().mean() <= (0.02 if DEVICE == "cuda" else 0)
+    assert wire(x).dtype == dtype
+
+
+def test_gradients_pass_a_merged_quantizer_straight_through():
+    map, fmt = Hadamard(96, seed=0), IntFormat(4, False)
+    x, g = random(5, 96).requires_grad_(), random(5, 96, seed=1)
+    (actual,) = torch.autograd.grad(fake_quantize_through(x, map, fmt), x, g)
+    torch.testing.assert_close(actual, map.inverse().apply(g))
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.22])
+def test_a_change_of_basis_joins_its_branch(factor):
+    map = LowRankCorrection(random(96, 6), random(6, 6, seed=1))
+    x, branch = random(2, 5, 96), random(2, 5, 96, seed=2)
+    expected = branch + (map.apply(x) - x) / factor
+    wire = Wire()
+    wire.ops.append(OnlineMap(map))
+    for actual in (wire.added_to(branch, x, factor), add_change(branch, x, map, factor)):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    wire.ops.append(nn.Identity())
+    torch.testing.assert_close(wire.added_to(branch, x, factor), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_factors_of_a_correction_follow_it():
+    map = LowRankCorrection(random(96, 6), random(6, 6, seed=1))
+    _, before = map.two_factors(torch.float32)
+    assert map.two_factors(torch.float32)[1] is before
+    map.K_RR.mul_(2)
+    torch.testing.assert_close(map.two_factors(torch.float32)[1], 2 * before)
