@@ -304,6 +304,28 @@ def _work(tiling: Tiling) -> float:
 FEW = 64
 """Up to so many rows, the time of one counts rather than how many run at once."""
 
-MEASURED: dict[int, Tiling] = {}
-MEASURED_FEW: dict[int, Tiling] = {}
+MEASURED: dict[int, Tiling] = {
+    576: Tiling(48, 16, 0, 1, 3, 12),
+    1536: Tiling(32, 32, 16, 1, 3, 16),
+    3072: Tiling(64, 32, 16, 1, 3, 16),
+    4096: Tiling(64, 64, 0, 4, 3, 8),
+    5120: Tiling(64, 64, 16, 2, 3, 4),
+    8192: Tiling(128, 64, 0, 4, 3, 2),
+    9728: Tiling(64, 128, 32, 8, 1, 2),
+    11008: Tiling(64, 128, 64, 8, 3, 2),
+    14336: Tiling(128, 128, 0, 8, 1, 4),
+    18944: Tiling(128, 128, 32, 8, 1, 16),
+}
+MEASURED_FEW: dict[int, Tiling] = {
+    576: Tiling(48, 16, 0, 2, 1, 1),
+    1536: Tiling(32, 64, 0, 2, 1, 1),
+    3072: Tiling(32, 64, 32, 2, 1, 1),
+    4096: Tiling(64, 64, 0, 4, 1, 1),
+    5120: Tiling(64, 64, 16, 4, 1, 1),
+    8192: Tiling(64, 128, 0, 4, 1, 1),
+    9728: Tiling(64, 128, 32, 8, 1, 1),
+    11008: Tiling(64, 128, 64, 8, 1, 1),
+    14336: Tiling(128, 128, 0, 8, 1, 1),
+    18944: Tiling(128, 128, 32, 8, 1, 1),
+}
 """The best of `tilings` on an H100, by size (`benchmarks/transforms.py`)."""

@@ -143,4 +143,4 @@ def split_matrix(matrix: Tensor) -> Tensor:
 
 def best_cut(num_rows: int, size: int) -> tuple[int, int, int, int]:
     """How the rows are cut, see `rotate_heads`; measured on an H100 (`benchmarks/transforms.py`)."""
-    return (16, 4, 1, 8) if num_rows <= 1024 else (64, 4, 1, 8)
+    return (16, 8, 1, 8) if num_rows <= 1024 else (64, 4, 1, 8)

@@ -140,7 +140,7 @@ def low_rank_sum(
     if cut is None and num_tokens <= _FEW:
         cut = Cut(16, 128 if x.dtype == torch.float32 else 256, 4, 2, 0)
     elif cut is None:
-        cut = Cut(32, 64, 8, 2, 2) if x.dtype == torch.float32 else Cut(32, 128, 4, 3, 4)
+        cut = Cut(32, 64, 8, 2, 2) if x.dtype == torch.float32 else Cut(16, 256, 4, 3, 4)
     shape = {
         "PRECISION": "tf32x3" if x.dtype == torch.float32 else "ieee",
         "TILE_T": cut.tokens,
