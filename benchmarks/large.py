@@ -39,7 +39,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spinfold import pipeline
 from spinfold.evaluation import measure_quality
 from spinfold.folding import fold, fold_norms
 from spinfold.maps import low_rank_rotation, project
@@ -53,8 +52,10 @@ from spinfold.networks.safetensors_reader import scan_folder
 from spinfold.networks.sources import resolve
 from spinfold.progress import Quiet
 from spinfold.recipe import Recipe
+from spinfold.rotation import rotate_network
 from spinfold.rounding import round_network
 from spinfold.runtime import quantize_wires
+from spinfold.subject import prepare
 
 SITES = ("residual", "value", "query_key", "down")
 EVERY = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -296,7 +297,7 @@ def equal(sizes: Sizes) -> dict[str, Any]:
         recipe = recipe.with_(calibration__seq_len=32, fit__batch=2)
     held = str(sizes.text / "wiki.test.raw") if sizes.text else None
     tokens = {"held_out_tokens": 64 if sizes.tiny else 1 << 17, "max_tokens": 2_200_000}
-    subject = pipeline.prepare(resolve("smollm2"), recipe, DEVICE, Quiet(), held_out=held, **tokens)
+    subject = prepare(resolve("smollm2"), recipe, DEVICE, Quiet(), held_out=held, **tokens)
     found: dict[str, Any] = {}
     for label, one in {
         "bf16": recipe,
@@ -304,7 +305,7 @@ def equal(sizes: Sizes) -> dict[str, Any]:
         "bf16, seed 1": recipe.with_(seed=1),
     }.items():
         start = now()
-        rotated = pipeline.rotate_network(subject, one, Quiet())
+        rotated = rotate_network(subject, one, Quiet())
         seconds = now() - start
         quantize_wires(rotated.network, one)
         quality, _ = measure_quality(rotated.network, subject.held_out_NT, reference=subject.reference)

@@ -14,13 +14,14 @@ from collections.abc import Callable
 
 import torch
 
-from spinfold import pipeline
 from spinfold.compute import pick_device, pick_precision
 from spinfold.evaluation import measure_quality
 from spinfold.networks.sources import resolve
 from spinfold.progress import Quiet
 from spinfold.recipe import Recipe
+from spinfold.rotation import rotate_network
 from spinfold.rounding import round_network
+from spinfold.subject import prepare
 
 
 def main() -> None:
@@ -40,13 +41,13 @@ def main() -> None:
         fit__steps=args.steps,
         compute=args.compute,
     )
-    subject = pipeline.prepare(resolve("smollm2"), recipe, device, Quiet(), held_out=args.text, held_out_tokens=301056)
+    subject = prepare(resolve("smollm2"), recipe, device, Quiet(), held_out=args.text, held_out_tokens=301056)
     fixed = recipe.with_(method="quarot")
     warm = recipe.with_(fit__steps=3)
     ids_NT = subject.windows(2048, args.samples, 0)
 
     def rounded() -> None:
-        network = pipeline.rotate_network(subject, fixed, Quiet()).network
+        network = rotate_network(subject, fixed, Quiet()).network
         begin = now(device)
         for _ in round_network(network, fixed, ids_NT):
             pass
@@ -55,8 +56,8 @@ def main() -> None:
     spent: list[float] = []
     rounded()
     rounded()
-    pipeline.rotate_network(subject, warm, Quiet())
-    fit = clocked(device, lambda: pipeline.rotate_network(subject, recipe, Quiet()))
+    rotate_network(subject, warm, Quiet())
+    fit = clocked(device, lambda: rotate_network(subject, recipe, Quiet()))
     evaluation = clocked(device, lambda: measure_quality(subject.network, subject.held_out_NT, compute=args.compute))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     tokens = subject.held_out_NT.numel()

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spinfold.comparison import Comparison, compare
     from spinfold.errors import CheckFailed, SpinfoldError
+    from spinfold.evaluating import evaluate
+    from spinfold.evaluation import Proof
     from spinfold.exporting import Exported, export, targets
     from spinfold.forecast import Forecast
     from spinfold.grid import Grid
     from spinfold.inspection import Inspection, inspect
-    from spinfold.pipeline import MethodInfo, Proof, Run, evaluate, methods, predict, quantize, report, rotate, verify
+    from spinfold.pipeline import MethodInfo, Run, methods, predict, quantize, report
     from spinfold.recipe import Recipe
+    from spinfold.rotation import rotate, verify
 
 __all__ = [
     "CheckFailed",
@@ -57,12 +60,16 @@ _HOME = {
     "Forecast": "spinfold.forecast",
     "Grid": "spinfold.grid",
     "Inspection": "spinfold.inspection",
+    "Proof": "spinfold.evaluation",
     "Recipe": "spinfold.recipe",
     "SpinfoldError": "spinfold.errors",
     "compare": "spinfold.comparison",
+    "evaluate": "spinfold.evaluating",
     "export": "spinfold.exporting",
     "inspect": "spinfold.inspection",
+    "rotate": "spinfold.rotation",
     "targets": "spinfold.exporting",
+    "verify": "spinfold.rotation",
 }
 
 

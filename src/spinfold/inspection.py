@@ -1,8 +1,8 @@
 """What rounding will do to a model, before any of it is done: where outliers are, which bits are safe, what helps.
 
-    model -> subject           loaded, the original measured                                    pipeline.prepare
+    model -> subject           loaded, the original measured                                    subject
           -> outliers          sites, layers, channels, tokens, before and after a rotation     evaluation
-          -> rotated network   random Hadamards at every site the family allows, same function  pipeline.rotate_network
+          -> rotated network   random Hadamards at every site the family allows, same function  rotation
           -> places            each wire, and the weights that read it, alone on the grid at 3, 4, 6 and 8 bits
           -> verdict           all of it on the grid at the asked bits: rotated against not rotated
 
@@ -38,13 +38,14 @@ from spinfold.maps import SiteMaps
 from spinfold.methods import METHODS
 from spinfold.networks import Network, family_of
 from spinfold.networks.sources import resolve
-from spinfold.pipeline import Subject, prepare, rotate_network
 from spinfold.progress import Progress, Quiet
 from spinfold.recipe import Bits, Recipe
 from spinfold.report.inspect_page import build_inspection
+from spinfold.rotation import rotate_network
 from spinfold.rounding.nearest import round_nearest
 from spinfold.run import whole_folder, write_json
 from spinfold.runtime import Quantize, quantize_wires, quantized_wires
+from spinfold.subject import Subject, prepare
 
 __all__ = ["Inspection", "Place", "advise", "inspect", "rounded_alone", "safe_bits"]
 

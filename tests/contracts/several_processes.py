@@ -19,7 +19,6 @@ import torch
 
 import spinfold
 from spinfold import distributed as together
-from spinfold import pipeline
 from spinfold.fitting.capture import capture
 from spinfold.fitting.end_to_end import Schedule, fit_end_to_end
 from spinfold.fitting.objectives import next_token_loss
@@ -30,8 +29,10 @@ from spinfold.methods.spinquant import learnable
 from spinfold.networks.sources import resolve
 from spinfold.progress import Quiet, launched
 from spinfold.recipe import Recipe
+from spinfold.rotation import rotate_network
 from spinfold.rounding import round_network
 from spinfold.runtime import quantize_wires
+from spinfold.subject import Subject, prepare
 
 METHODS: Mapping[str, dict[str, Any]] = {
     "spinquant": {"fit__loss": "kl", "activations__clip": "learned"},
@@ -65,10 +66,10 @@ def compute(folder: Path) -> dict[str, Any]:
         subjects = {}
         for model in ("llama", "experts"):
             checkpoint = resolve(str(folder / model))
-            subjects[model] = pipeline.prepare(checkpoint, recipe, torch.device("cpu"), Quiet())
+            subjects[model] = prepare(checkpoint, recipe, torch.device("cpu"), Quiet())
         subject = subjects["llama"]
         for name, changes in METHODS.items():
-            rotated = pipeline.rotate_network(subject, recipe.with_(**{"method": name} | changes), Quiet())
+            rotated = rotate_network(subject, recipe.with_(**{"method": name} | changes), Quiet())
             maps = [one.matrix() for _, one in rotated.maps.each()]
             found[name] = {"losses": list(rotated.log.losses), "maps": maps, "clips": dict(rotated.log.clips)}
         found["shared out"] = _shared_out(subject, recipe)
@@ -83,7 +84,7 @@ def compute(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _shared_out(subject: pipeline.Subject, recipe: Recipe) -> dict[str, Any]:
+def _shared_out(subject: Subject, recipe: Recipe) -> dict[str, Any]:
     """A fit with whole weights in each process, and one with parts of them: of three passes one process has one, the
     other two. With 8 bits, since 4 of so small a network make much of a difference in the last bit."""
     recipe, ids_NT = recipe.with_(bits="W8A8KV8"), subject.windows(32, 6, 0)

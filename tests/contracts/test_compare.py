@@ -24,9 +24,10 @@ from pydantic import BaseModel
 from task_items import write_items
 
 import spinfold
-from spinfold import comparison, pipeline
+from spinfold import bench, comparison, rotation
+from spinfold.bench import ROTATION_READS, ROUNDING_READS, fit_key, online_cost
 from spinfold.cli import main
-from spinfold.comparison import ROTATION_READS, ROUNDING_READS, compare, fit_key, hold_jobs, online_cost
+from spinfold.comparison import compare, hold_jobs
 from spinfold.errors import CheckFailed, SpinfoldError
 from spinfold.evaluation import take_fingerprint
 from spinfold.fitting.layerwise import LayerwiseSettings
@@ -35,11 +36,12 @@ from spinfold.grid import Grid
 from spinfold.maps import Hadamard, SiteMaps
 from spinfold.methods import METHODS
 from spinfold.networks import Network
-from spinfold.pipeline import sites_of
 from spinfold.progress import Quiet
 from spinfold.recipe import Recipe
 from spinfold.report import figures
+from spinfold.rotation import sites_of
 from spinfold.rounding import ROUNDINGS, round_network
+from spinfold.subject import Subject
 
 HOSTILE = "</script><img src=x onerror=alert(1)> | & 'x'"
 GRID: dict[str, Any] = {
@@ -248,7 +250,7 @@ def test_a_rotated_network_depends_on_what_is_declared(method: str, bits: str, m
         for name, value in list(vars(module).items()):
             if isinstance(value, LayerwiseSettings):
                 monkeypatch.setattr(module, name, replace(value, steps=1))
-    monkeypatch.setattr(pipeline, "sites_of", lambda watched: sites_of(watched.of))
+    monkeypatch.setattr(rotation, "sites_of", lambda watched: sites_of(watched.of))
     fit = {"steps": 1, "batch": 1, "seq_len": 16, "tokens": 16, "weight_bits": 8 if "A4" in bits else None}
     if method == "spinout":
         fit |= {"injection": "none" if "A16" in bits else "safe", "layers": "all"}
@@ -256,7 +258,7 @@ def test_a_rotated_network_depends_on_what_is_declared(method: str, bits: str, m
     recipe = Recipe.parse({"method": method, "bits": bits, "fit": fit, "calibration": small})
     network, seen = tiny_network(), set[str]()
 
-    class Seen(pipeline.Subject):
+    class Seen(Subject):
         def windows(self, seq_len: int, count: int, seed: int) -> torch.Tensor:
             seen.add("calibration.source")
             return super().windows(seq_len, count, seed)
@@ -266,7 +268,7 @@ def test_a_rotated_network_depends_on_what_is_declared(method: str, bits: str, m
     subject = Seen(network, unused, ids_BT[0], ids_BT, take_fingerprint(network, ids_BT), unused, unused)
     declared = (*ROTATION_READS, "sites", *METHODS[method].reads)
     watched: Any = Watched(recipe, seen, declared)
-    pipeline.rotate_network(subject, watched, Quiet())
+    rotation.rotate_network(subject, watched, Quiet())
     assert not {path for path in seen if not {path, path.partition(".")[0]} & set(declared)}
 
 
@@ -287,8 +289,8 @@ def test_shared_stages_leave_no_trace(
     calls: list[str] = []
 
     def count(stage: str) -> None:
-        real = getattr(comparison, stage)
-        monkeypatch.setattr(comparison, stage, lambda *a, **k: calls.append(stage) or real(*a, **k))  # type: ignore[func-returns-value]
+        real = getattr(bench, stage)
+        monkeypatch.setattr(bench, stage, lambda *a, **k: calls.append(stage) or real(*a, **k))  # type: ignore[func-returns-value]
 
     count("rotate_network")
     count("round_network")
@@ -348,7 +350,7 @@ def test_a_killed_comparison_goes_on(whole: spinfold.Comparison, model: Path, te
 def test_what_is_done_is_not_done_again(
     whole: spinfold.Comparison, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparison, "prepare", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(bench, "prepare", lambda *_, **__: pytest.fail("the model was loaded"))
     before = {path: path.stat().st_mtime_ns for path in (whole.path / "cells").iterdir()}
     again = run(model, whole.path, text, GRID, second_text=str(text), resume=True)
     assert again.data == whole.data
@@ -410,7 +412,7 @@ def test_a_failure_is_a_row_and_the_rest_goes_on(whole: spinfold.Comparison) -> 
 def test_any_stage_may_fail(
     stage: str, error: Exception, said: str, model: Path, text: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    real, seen = getattr(comparison, stage), list[int]()
+    real, seen = getattr(bench, stage), list[int]()
 
     def fails(*given: Any, **named: Any) -> Any:
         seen.append(1)
@@ -418,7 +420,7 @@ def test_any_stage_may_fail(
             raise error
         return real(*given, **named)
 
-    monkeypatch.setattr(comparison, stage, fails)
+    monkeypatch.setattr(bench, stage, fails)
     grid = {"entries": ["quarot", "none"], "rounding": ["rtn"], "bits": ["W4A16"]}
     found = run(model, tmp_path / "out", text, grid)
     by_name = {row["name"]: row["failed"] for row in found.data["rows"]}
@@ -443,7 +445,7 @@ def no_work(*_: Any, **__: Any) -> None:
 def test_what_the_model_cant_have_is_refused_before_any_work(
     grid: Any, named: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparison, "prepare", no_work)
+    monkeypatch.setattr(bench, "prepare", no_work)
     with pytest.raises(SpinfoldError, match=named):
         run(model, tmp_path / "out", text, grid)
     assert not (tmp_path / "out").exists()

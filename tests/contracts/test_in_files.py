@@ -11,7 +11,8 @@ import tiny_run
 import torch
 import zoo
 
-from spinfold import inspection, pipeline
+import spinfold
+from spinfold import inspection, subject
 from spinfold.checkpoint import load_run
 from spinfold.errors import SpinfoldError
 from spinfold.forecast import Machine, forecast, stays_in_files
@@ -25,7 +26,7 @@ def test_a_whole_run_in_files_leaves_the_same_bytes(bits: str, tmp_path: Path, m
     text.write_text(tiny_run.TEXT, "utf-8")
     outputs = []
     for in_files in (False, True):
-        monkeypatch.setattr(pipeline, "stays_in_files", lambda *_, answer=in_files: answer)
+        monkeypatch.setattr(subject, "stays_in_files", lambda *_, answer=in_files: answer)
         outputs.append(tmp_path / f"run-{in_files}")
         tiny_run.quantize(model, outputs[-1], text, bits=bits, fit__loss="kl", compute="fp32")
     assert tiny_run.contents(outputs[0]) == tiny_run.contents(outputs[1])
@@ -34,8 +35,8 @@ def test_a_whole_run_in_files_leaves_the_same_bytes(bits: str, tmp_path: Path, m
 def test_a_rotated_folder_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, written = tiny_run.tiny_model(tmp_path / "model"), []
     for in_files in (False, True):
-        monkeypatch.setattr(pipeline, "stays_in_files", lambda *_, answer=in_files: answer)
-        written.append(pipeline.rotate(str(model), tmp_path / f"out-{in_files}", dtype="bfloat16", device="cpu"))
+        monkeypatch.setattr(subject, "stays_in_files", lambda *_, answer=in_files: answer)
+        written.append(spinfold.rotate(str(model), tmp_path / f"out-{in_files}", dtype="bfloat16", device="cpu"))
     assert tiny_run.contents(written[0]) == tiny_run.contents(written[1])
 
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from tiny_run import TEXT, contents, quantize, recipe, tiny_model, tree
 
 import spinfold
-from spinfold import pipeline
 from spinfold.checkpoint import load_maps
 from spinfold.errors import SpinfoldError
 from spinfold.maps import Hadamard, Orthogonal, SiteMaps
 from spinfold.recipe import Bits, Recipe
+from spinfold.rotation import prove_orthogonal
 
 BITS = ("W4A16", "W4A4KV4", "W16A4KV4")
 FILES = {"recipe.yaml", "run.json", "maps.json", "maps.safetensors", "clips.json", "report.html", "log.txt", "model"}
@@ -221,5 +221,5 @@ def test_tensors_of_another_run_are_refused(model: Path, text: Path, tmp_path: P
 
 def test_a_map_that_is_not_a_number_is_not_orthogonal() -> None:
     sound, broken = Orthogonal(torch.eye(4)), Orthogonal(torch.full((4, 4), math.nan))
-    gaps = pipeline._orthogonality(SiteMaps(value=(sound, broken, sound), down=(Hadamard(8),)))
-    assert math.isnan(gaps["value"]) and gaps["down"] < 1e-15
+    proof, gaps = prove_orthogonal(SiteMaps(value=(sound, broken, sound), down=(Hadamard(8),)))
+    assert not proof.ok and math.isnan(gaps["value"]) and gaps["down"] < 1e-15

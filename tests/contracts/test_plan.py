@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from spinfold.errors import SpinfoldError
 from spinfold.methods import METHODS
 from spinfold.networks import FAMILIES, SITES, Family
-from spinfold.pipeline import sites_of
 from spinfold.plan import check_output, check_seq_len, plan_run
 from spinfold.recipe import Recipe
+from spinfold.rotation import sites_of
 
 SUBSETS = [subset for size in range(1, 5) for subset in combinations(SITES, size)]
 RECIPE = Recipe().with_(method="quarot", calibration__seq_len=64)

@@ -204,8 +204,8 @@ def test_a_failed_cast_is_a_failed_check(
     def coarse(network: Network, dtype: torch.dtype) -> None:
         network.head.weight.copy_(network.head.weight.sign())
 
-    monkeypatch.setattr("spinfold.pipeline.round_weights", coarse)
-    monkeypatch.setattr("spinfold.pipeline.prove_perplexity_kept", lambda *_: spinfold.Proof("perplexity", 0.1, 0.005))
+    monkeypatch.setattr("spinfold.rotation.round_weights", coarse)
+    monkeypatch.setattr("spinfold.rotation.prove_perplexity_kept", lambda *_: spinfold.Proof("perplexity", 0.1, 0.005))
     with pytest.raises(CheckFailed, match="bfloat16"):
         rotate(models / "qwen2", tmp_path / "out", text)
     assert not list(tmp_path.iterdir())

@@ -22,11 +22,11 @@ import zoo
 from task_items import write_items, write_lines
 from transformers import AutoTokenizer
 
+from spinfold.evaluating import open_network
 from spinfold.evaluation import tasks
 from spinfold.evaluation.likelihood import log_likelihoods
 from spinfold.evaluation.tasks import TASKS, evaluate_tasks, read_tasks
 from spinfold.networks import Network
-from spinfold.pipeline import open_network
 
 lm_eval = pytest.importorskip("lm_eval")
 

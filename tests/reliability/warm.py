@@ -12,6 +12,7 @@ import zoo
 
 import spinfold.cli
 import spinfold.comparison
+import spinfold.evaluating
 import spinfold.exporting  # noqa: F401
 from spinfold.networks.sources import resolve
 
