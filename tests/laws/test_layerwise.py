@@ -24,9 +24,11 @@ from spinfold.fitting.layerwise import (
     weighted,
 )
 from spinfold.fitting.row_objectives import (
+    RowObjective,
     feedback,
     fourth_power,
     gap_to_uniform,
+    in_blocks,
     kurtosis,
     normalised_fourth_power,
     rounding_error,
@@ -348,3 +350,16 @@ def test_an_objective_of_another_method_is_refused() -> None:
     assert choose("b", {"a": 1, "b": 2}, "kurtail") == 2
     with pytest.raises(SpinfoldError, match="kurtail"):
         choose("literal", {"a": 1}, "kurtail")
+
+
+@pytest.mark.parametrize("objective", [fourth_power, kurtosis, partial(rounding_error, format=IntFormat(4, False))])
+def test_some_rows_at_a_time_are_all_rows(objective: RowObjective) -> None:
+    y = torch.randn(
+        3, 700, 96, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()  # some blocks, one not full
+    weights = torch.linspace(-1, 1, 2100).view(3, 700)
+    whole, parts = objective(y), in_blocks(objective)(y)
+    assert torch.equal(whole, parts)
+    expected, found = (torch.autograd.grad((x * weights).sum(), y)[0] for x in (whole, parts))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(in_blocks(objective)(y.detach()), whole)

@@ -12,8 +12,14 @@ from torch import Tensor
 from spinfold.errors import SpinfoldError
 from spinfold.evaluation import prove_same_function, take_fingerprint
 from spinfold.fitting.end_to_end import FitLog
-from spinfold.fitting.layerwise import LayerwiseSettings, RowObjective
-from spinfold.fitting.row_objectives import fourth_power, kurtosis, normalised_fourth_power, rounding_error
+from spinfold.fitting.layerwise import LayerwiseSettings
+from spinfold.fitting.row_objectives import (
+    RowObjective,
+    fourth_power,
+    kurtosis,
+    normalised_fourth_power,
+    rounding_error,
+)
 from spinfold.folding import fold, fold_norms
 from spinfold.formats import IntFormat
 from spinfold.maps import Diagonal, Hadamard, SiteMaps, random_orthogonal

@@ -29,6 +29,7 @@ from spinfold.distributed import everyones, share, spread, total
 from spinfold.errors import SpinfoldError
 from spinfold.fitting.capture import Captured, pooled
 from spinfold.fitting.end_to_end import FitLog, Optimizer, Schedule
+from spinfold.fitting.row_objectives import RowObjective, in_blocks
 from spinfold.maps import CayleySGD, Map, Orthogonal, RiemannianAdam, SiteMaps, project, qr_orthogonal
 from spinfold.progress import Progress, Quiet
 from spinfold.recipe import Fit
@@ -36,7 +37,6 @@ from spinfold.recipe import Fit
 __all__ = [
     "WIRES_OF",
     "LayerwiseSettings",
-    "RowObjective",
     "Term",
     "alternate_procrustes",
     "choose",
@@ -50,9 +50,6 @@ __all__ = [
 
 Term = Callable[[Tensor, torch.Generator], Tensor]
 """`term(R, draws)`: a differentiable scalar of the rotation; all randomness comes from the CPU generator `draws`."""
-
-RowObjective = Callable[[Tensor], Tensor]
-"""`(..., N) -> (...)`, as in `row_objectives.py`."""
 
 WIRES_OF = {"residual": ("qkv_input", "mlp_input"), "value": ("value",)}
 """The wires that carry what a site's map rotates."""
@@ -93,7 +90,7 @@ def rows_term(x_SN: Tensor, objective: RowObjective, rows: int) -> Term:
     For a stack x `(L, S, N)` with R `(L, N, N)`: the sum over the stack of each one's mean, with the same draw for
     all, so that no rotation depends on another. Processes share out the rows of a single rotation, not of a stack.
     """
-    alone = x_SN.ndim == 2
+    alone, objective = x_SN.ndim == 2, in_blocks(objective)
 
     def term(R_NN: Tensor, draws: torch.Generator) -> Tensor:
         index_P = torch.randint(x_SN.shape[-2], (rows,), generator=draws).to(x_SN.device)

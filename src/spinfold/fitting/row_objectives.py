@@ -16,6 +16,7 @@ Shapes: ... leading axes, N the row, G groups of g neighbours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,9 +27,11 @@ from spinfold.formats.base import extent
 
 __all__ = [
     "UNIFORM_KURTOSIS",
+    "RowObjective",
     "feedback",
     "fourth_power",
     "gap_to_uniform",
+    "in_blocks",
     "kurtosis",
     "normalised_fourth_power",
     "rounding_error",
@@ -40,9 +43,48 @@ UNIFORM_KURTOSIS = 1.8
 """E[y⁴] / E[y²]² of the uniform distribution: (1/5) / (1/3)²."""
 
 
+RowObjective = Callable[[Tensor], Tensor]
+"""`(..., N) -> (...)`: every row by itself."""
+
+
+def in_blocks(objective: RowObjective) -> RowObjective:
+    """The same objective; on a CPU the gradient is found along with the value, some rows at a time.
+
+    They stay in the cache from one operation to the next. Left to autograd, dozens of passes over all rows take far
+    longer than the matrix product that the rows come from.
+    """
+
+    def blocked(y: Tensor) -> Tensor:
+        if y.device.type != "cpu" or not (y.requires_grad and torch.is_grad_enabled()):
+            return objective(y)
+        values: Tensor = _InBlocks.apply(y.reshape(-1, y.shape[-1]), objective)
+        return values.view(y.shape[:-1])
+
+    return blocked
+
+
+class _InBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RN: Tensor, objective: RowObjective) -> Tensor:
+        values, gradients = [], []
+        for part in y_RN.split(max(1, _NUMBERS_PER_BLOCK // y_RN.shape[1])):
+            with torch.enable_grad():
+                y = part.detach().requires_grad_()
+                value = objective(y)
+                gradients += torch.autograd.grad(value.sum(), y)
+            values.append(value.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (d_RN,) = ctx.saved_tensors
+        return d_RN * grads[0][:, None].to(d_RN.dtype), None
+
+
 def fourth_power(y: Tensor) -> Tensor:
     """‖y‖₄⁴ of each row, `(..., N) -> (...)`."""
-    return _powers(y)[1]
+    return y.float().square().square().sum(-1)
 
 
 def normalised_fourth_power(y: Tensor, group_size: int | None = None) -> Tensor:
@@ -50,14 +92,14 @@ def normalised_fourth_power(y: Tensor, group_size: int | None = None) -> Tensor:
 
     A unit's rounding error grows as its length², and ‖y‖₄⁴ as its length⁴: divided by ‖y‖₂², units count by length².
     """
-    second, fourth = _powers(y.unflatten(-1, (-1, group_size or y.shape[-1])))
-    return (fourth / second.clamp(min=_TINY)).sum(-1)
+    square = y.float().square().unflatten(-1, (-1, group_size or y.shape[-1]))
+    return (square.square().sum(-1) / square.sum(-1).clamp(min=_TINY)).sum(-1)
 
 
 def kurtosis(y: Tensor) -> Tensor:
     """n ‖y‖₄⁴ / ‖y‖₂⁴ of each row, `(..., N) -> (...)`: 1 at best, n for a single spike."""
-    second, fourth = _powers(y)
-    return y.shape[-1] * fourth / second.square().clamp(min=_TINY)
+    square = y.float().square()
+    return square.square().mean(-1) / square.mean(-1).square().clamp(min=_TINY)
 
 
 def gap_to_uniform(y: Tensor) -> Tensor:
@@ -137,43 +179,5 @@ def feedback(moment_NN: Tensor, damp: float = 0.01) -> Tensor:
     return torch.flip(L_NN.diagonal(dim1=-2, dim2=-1).square(), (-1,))
 
 
-class _Powers(torch.autograd.Function):
-    """Σ y² and Σ y⁴ of each row of `(R, N)` in fp32, with d = (2 g₂ + 4 g₄ y²) y as gradient.
-
-    On a CPU some rows at a time, which stay in its cache from one operation to the next: left to autograd, fifteen
-    passes over all of y take longer than the matrix product that it comes from.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y_RN: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(y_RN)
-        second_R, fourth_R = (torch.empty(len(y_RN), device=y_RN.device) for _ in range(2))
-        for rows in _blocks(y_RN):
-            square = y_RN[rows].float().square()
-            torch.sum(square, -1, out=second_R[rows])
-            torch.linalg.vecdot(square, square, out=fourth_R[rows])
-        return second_R, fourth_R
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (y_RN,) = ctx.saved_tensors
-        two_R1, four_R1 = 2 * grads[0][:, None], 4 * grads[1][:, None]
-        d_RN = torch.empty_like(y_RN)
-        for rows in _blocks(y_RN):
-            y = y_RN[rows].float()
-            d_RN[rows] = y.square().mul_(four_R1[rows]).add_(two_R1[rows]).mul_(y)
-        return d_RN
-
-
-def _blocks(y_RN: Tensor) -> list[slice]:
-    size = max(1, 2**17 // y_RN.shape[1]) if y_RN.device.type == "cpu" else max(1, len(y_RN))
-    return [slice(i, i + size) for i in range(0, len(y_RN), size)]
-
-
-def _powers(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ y² and Σ y⁴ of each row, `(..., N) -> (...)`."""
-    second, fourth = _Powers.apply(y.flatten(0, -2) if y.ndim > 1 else y[None])
-    return second.view(y.shape[:-1]), fourth.view(y.shape[:-1])
-
-
+_NUMBERS_PER_BLOCK = 2**17
 _TINY = torch.finfo(torch.float32).tiny

@@ -29,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from spinfold.distributed import share, spread, total
 from spinfold.fitting.end_to_end import FitLog
-from spinfold.fitting.layerwise import LayerwiseSettings, RowObjective, Term, choose, dense, fit_layerwise
-from spinfold.fitting.row_objectives import fourth_power, normalised_fourth_power
+from spinfold.fitting.layerwise import LayerwiseSettings, Term, choose, dense, fit_layerwise
+from spinfold.fitting.row_objectives import RowObjective, fourth_power, in_blocks, normalised_fourth_power
 from spinfold.folding import fold_layers
 from spinfold.maps import Map, Orthogonal, SiteMaps
 from spinfold.methods.base import FitTask, Method
@@ -51,6 +51,7 @@ _VALUE = LayerwiseSettings(steps=60, learning_rate=0.3, optimiser="spectral")
 
 def total_of(objective: RowObjective) -> Cost:
     """The cost that is a row objective's sum over all rows of all matrices."""
+    objective = in_blocks(objective)
 
     def cost(_: str, __: Sequence[int], weights: Sequence[Tensor], ___: Tensor) -> Tensor:
         return torch.stack([objective(w_LOI).sum() for w_LOI in weights]).sum()

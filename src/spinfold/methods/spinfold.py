@@ -32,7 +32,7 @@ import torch
 from spinfold.fitting.capture import Captured, capture, pooled
 from spinfold.fitting.end_to_end import FitLog
 from spinfold.fitting.layerwise import LayerwiseSettings, dense, fit_to_rows
-from spinfold.fitting.row_objectives import rounding_error
+from spinfold.fitting.row_objectives import in_blocks, rounding_error
 from spinfold.formats import ClipSearch, Format, fit_grid
 from spinfold.maps import BlockDiagonal, Hadamard, Map, Orthogonal, SiteMaps, kronecker_hadamard, project
 from spinfold.methods.base import QUANTIZERS, FitTask, Method
@@ -80,7 +80,8 @@ def _fit_to_weights(task: FitTask) -> tuple[SiteMaps, FitLog]:
 
     def left_by_gptq(w_LOI: torch.Tensor, variance_LI: torch.Tensor) -> torch.Tensor:
         clip = _usual_clip(format, format.group_of(w_LOI.shape[-1]), task.recipe.clip_search)
-        error_LOG = rounding_error(format.split(w_LOI), replace(format, group_size=None, clip=clip))
+        error = in_blocks(partial(rounding_error, format=replace(format, group_size=None, clip=clip)))
+        error_LOG = error(format.split(w_LOI))
         return (error_LOG * format.split(variance_LI).sum(-1)[:, None]).sum()
 
     return fit_to_feedback(task, left_by_gptq, fit=Fit())
