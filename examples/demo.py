@@ -1,7 +1,7 @@
 """The main job on two CPU cores: SmolLM2-135M to W4A4KV4 with a learned rotation, beside what it is measured against.
 
-Fits SpinQuant's rotations, rounds with GPTQ, proves each step, and writes `demo/` with a checkpoint and report.html.
-Small settings, so that it takes minutes: 4,096 calibration tokens where the papers take 262,144.
+Fits spinfold's maps layer by layer, rounds with GPTQ, proves each step, and writes `demo/` with a checkpoint and
+report.html. Small settings, so that it takes minutes: 4,096 calibration tokens where the papers take 262,144.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from spinfold.report import comparison_table
 
 OUTPUT = Path("demo")
 RECIPE = Recipe().with_(
-    method="spinquant",
+    method="spinfold",
     bits="W4A4KV4",
+    activations__clip="searched",
+    kv__clip="searched",
     calibration__samples=8,
     calibration__seq_len=512,
-    fit__steps=12,
-    fit__batch=2,
+    fit__steps=0,
+    fit__tokens=64,
 )
 
 
