@@ -129,6 +129,7 @@ def launch(command: list[str], count: int) -> list[subprocess.Popen[bytes]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    common["PYTHONPATH"] = os.pathsep.join(sys.path)  # where pytest has found this program's neighbours
     own = [{"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
     return [subprocess.Popen(command, env=os.environ | common | one) for one in own]
 
