@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -32,18 +33,13 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Any]:
     """The head with one core; each test adds its own second node."""
     from ray.cluster_utils import Cluster
 
-    source = Path(__file__).parents[2] / "src"
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_health_check_failure_threshold": "2"}.items():
             patch.setenv(name, value)
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(source), str(Path(__file__).parent), *_paths()]))
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where pytest has found this file's neighbours
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         yield made
         made.shutdown()
-
-
-def _paths() -> list[str]:
-    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(path)]
 
 
 def counting(folder: Path, job: str) -> Iterator[tuple[str, int, str]]:
