@@ -8,6 +8,7 @@ as soon as they are there. All machines need spinfold, and whatever files the jo
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +47,7 @@ def connected(address: str) -> Iterator[float]:
         if port.isdecimal():
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would try for minutes
         if ours:
-            ray.init(address, log_to_driver=False, logging_level="warning")
+            ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())[:300]
         raise SpinfoldError(
