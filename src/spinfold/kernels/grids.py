@@ -27,13 +27,13 @@ __all__ = [
     "FloatGrid",
     "Grid",
     "IntGrid",
-    "empty_codes",
     "float_grid",
     "near_largest",
     "one",
     "outer_of",
     "processors",
     "put_on_grid",
+    "room_for",
     "row_extent",
     "shared_memory",
 ]
@@ -282,8 +282,15 @@ def outer_of(low, high, grid: tl.constexpr):
     return tl.where(outer == float("inf"), 1.0, outer)
 
 
-def empty_codes(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for codes, scales and second numbers; `x` itself where there are none."""
+def room_for(x: Tensor, grid: Grid | None, packed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for numbers like those of `x`, or for codes, scales and second numbers; `x` itself for what there is not."""
+    if not packed:
+        return torch.empty_like(x), x, x, x
+    assert grid is not None
+    return x, *_empty_codes(x, grid)
+
+
+def _empty_codes(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     lead, size = x.shape[:-1], x.shape[-1]
     groups = (*lead, size // (grid.width or size))
     code_type = torch.int8 if isinstance(grid, IntGrid) and grid.symmetric and grid.bits == 8 else torch.uint8

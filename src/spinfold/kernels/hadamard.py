@@ -27,12 +27,12 @@ from torch import Tensor
 from spinfold.kernels.grids import (
     Codes,
     Grid,
-    empty_codes,
     near_largest,
     one,
     outer_of,
     processors,
     put_on_grid,
+    room_for,
     row_extent,
 )
 
@@ -207,12 +207,7 @@ def hadamard(
     columns, rows, more_rows, num_warps, num_stages, programs = tiling
     num_rows = x.numel() // size
     assert grid is None or (x.shape[-1] == size and columns % max(grid.width, 1) == 0)
-    y, codes, scale, second = x, x, x, x
-    if packed:
-        assert grid is not None
-        codes, scale, second = empty_codes(x, grid)
-    else:
-        y = torch.empty_like(x)
+    y, codes, scale, second = room_for(x, grid, packed)
     clip = one(x.device) if clip is None else clip
     if num_rows:
         count = min(num_rows, programs * processors(x.device))

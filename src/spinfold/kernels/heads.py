@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spinfold.kernels.grids import Codes, Grid, empty_codes, near_largest, one, processors, put_on_grid
+from spinfold.kernels.grids import Codes, Grid, near_largest, one, processors, put_on_grid, room_for
 
 __all__ = ["LARGEST_HEAD", "rotate_heads"]
 
@@ -112,12 +112,7 @@ def rotate_heads(
     x = x.contiguous()
     size = matrix.shape[-1]
     num_rows = x.numel() // size
-    y, codes, scale, second = x, x, x, x
-    if packed:
-        assert grid is not None
-        codes, scale, second = empty_codes(x, grid)
-    else:
-        y = torch.empty_like(x)
+    y, codes, scale, second = room_for(x, grid, packed)
     num_angles, stride = 1, 0
     if cos is not None and sin is not None:
         assert cos.stride() == sin.stride() and cos.stride(-1) == 1

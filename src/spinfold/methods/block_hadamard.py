@@ -21,9 +21,16 @@ from spinfold.fitting.end_to_end import FitLog
 from spinfold.maps import BlockDiagonal, Hadamard, Map, SiteMaps
 from spinfold.methods.base import FitTask, Method
 
-__all__ = ["BLOCK_HADAMARD"]
+__all__ = ["BLOCK_HADAMARD", "hadamard_blocks"]
 
 _USUAL = 32
+
+
+def hadamard_blocks(block: int, size: int, seed: int | None = None) -> Map:
+    """Hadamard matrices on the diagonal, of the largest power of two that divides both `block` and `size`."""
+    common = math.gcd(block, size)
+    part = common & -common
+    return BlockDiagonal(Hadamard(part, seed=seed), size // part)
 
 
 def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
@@ -31,16 +38,11 @@ def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
     format = recipe.weight_format or recipe.activation_format
     block = (format and format.group_size) or _USUAL
 
-    def blocks(size: int, seed: int | None = None) -> Map:
-        common = math.gcd(block, size)
-        part = common & -common
-        return BlockDiagonal(Hadamard(part, seed=seed), size // part)
-
     maps = SiteMaps(
-        residual=blocks(task.network.hidden_size, recipe.seed),
-        value=tuple(blocks(x.head_dim) for x in layers),
+        residual=hadamard_blocks(block, task.network.hidden_size, recipe.seed),
+        value=tuple(hadamard_blocks(block, x.head_dim) for x in layers),
         query_key=tuple(Hadamard(x.head_dim) for x in layers),
-        down=tuple(blocks(x.mlp_width) for x in layers),
+        down=tuple(hadamard_blocks(block, x.mlp_width) for x in layers),
     )
     return SiteMaps(**{site: getattr(maps, site) for site in task.sites}), FitLog()
 

@@ -34,8 +34,9 @@ from spinfold.fitting.end_to_end import FitLog
 from spinfold.fitting.layerwise import LayerwiseSettings, dense, fit_to_rows
 from spinfold.fitting.row_objectives import in_blocks, rounding_error
 from spinfold.formats import ClipSearch, Format, fit_grid
-from spinfold.maps import BlockDiagonal, Hadamard, Map, Orthogonal, SiteMaps, kronecker_hadamard, project
+from spinfold.maps import Map, Orthogonal, SiteMaps, kronecker_hadamard, project
 from spinfold.methods.base import QUANTIZERS, FitTask, Method
+from spinfold.methods.block_hadamard import hadamard_blocks
 from spinfold.methods.optrot_plus import fit_to_feedback
 from spinfold.methods.quarot import hadamard_maps
 from spinfold.methods.respinquant import joined
@@ -132,9 +133,7 @@ def _starts(hadamard: Map, quantizer: Format, device: torch.device) -> list[torc
     """Where to start: at the Hadamard; for a grid of blocks perhaps at the block's own, or without mixing them."""
     bases = [dense(hadamard, device)]
     if quantizer.group_size:
-        common = gcd(quantizer.group_size, hadamard.size)
-        block = common & -common
-        bases.append(dense(BlockDiagonal(Hadamard(block), hadamard.size // block), device))
+        bases.append(dense(hadamard_blocks(quantizer.group_size, hadamard.size), device))
         bases.append(torch.eye(hadamard.size, device=device))
     return bases
 
