@@ -1,0 +1,118 @@
+"""What `quantize --plan` predicts beside what the run then takes: seconds, memory and GPU memory.
+
+    python benchmarks/planning.py OUT --calibration train-paragraphs.txt [--device cuda] [--small] [--seconds 600]
+
+Both are commands of their own: a process predicts, the next one runs. Memory is the largest resident set that the
+system has seen of the run's process, GPU memory the most that was allocated, seconds the sum over stages. `--small`
+takes few windows and steps, for a CPU. Details are in OUT/planning.json; a run that fails leaves its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+RUNS = {
+    "quarot, rtn": ["--method", "quarot", "--rounding", "rtn"],
+    "kurtail, rtn": ["--method", "kurtail", "--rounding", "rtn"],
+    "quarot, gptq": ["--method", "quarot", "--rounding", "gptq"],
+    "spinquant, gptq": ["--method", "spinquant", "--rounding", "gptq"],
+    "spinfold, gptq": ["--method", "spinfold", "--rounding", "gptq"],
+    "quarot, gptaq": ["--method", "quarot", "--rounding", "gptaq"],
+}
+FULL = ["--samples", "64", "--seq-len", "2048"]
+SMALL = ["--samples", "8", "--seq-len", "256"]
+FEW_STEPS = ["--steps", "10"]
+WITHOUT_STEPS = ("quarot, rtn", "quarot, gptq", "quarot, gptaq")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=list(RUNS))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + options.seconds
+    records: dict[str, dict[str, Any]] = {}
+    for name in options.runs:
+        if time.monotonic() > end:
+            records[name] = {"failed": "no time left"}
+            continue
+        try:
+            records[name] = predicted_and_measured(options, name, end - time.monotonic())
+        except (subprocess.SubprocessError, OSError, ValueError, KeyError, RuntimeError) as error:
+            records[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        (options.out / "planning.json").write_text(json.dumps(records, indent=1), "utf-8")
+    print_table(records)
+
+
+def predicted_and_measured(options: argparse.Namespace, name: str, seconds: float) -> dict[str, Any]:
+    """Both: `seconds`, `memory`, `gpu` (None on a CPU), and `stages`, each name with its seconds and GPU bytes."""
+    output = options.out / name.replace(", ", "-")
+    sizes = SMALL if options.small else FULL
+    if options.small and name not in WITHOUT_STEPS:
+        sizes = sizes + FEW_STEPS
+    command = [sys.executable, "-m", "spinfold", "quantize", options.model, "-o", str(output), *RUNS[name], *sizes]
+    command += ["--bits", "W4A4KV4", "--calibration", options.calibration, "--device", options.device, "--json"]
+    plan = subprocess.run([*command, "--plan"], capture_output=True, text=True, timeout=seconds)
+    if plan.returncode:
+        raise RuntimeError(plan.stderr[-250:])
+    said = json.loads(plan.stdout)
+    status, usage = run(command, output.with_suffix(".log"))
+    if status:
+        raise RuntimeError(output.with_suffix(".log").read_text("utf-8", "replace")[-250:])
+    done = json.loads((output / "run.json").read_text("utf-8"))["stages"]
+    on_gpu = said["peak_device_bytes"] is not None
+    return {
+        "predicted": {
+            "seconds": said["seconds"],
+            "memory": said["peak_bytes"],
+            "gpu": said["peak_device_bytes"],
+            "stages": {x["name"]: [x["seconds"], x["peak_device_bytes"]] for x in said["stages"]},
+        },
+        "measured": {
+            "seconds": sum(x["seconds"] for x in done),
+            "memory": usage.ru_maxrss * 1024,
+            "gpu": max(x["peak_bytes"] for x in done) if on_gpu else None,
+            "stages": {x["name"]: [x["seconds"], x["peak_bytes"] if on_gpu else None] for x in done},
+        },
+    }
+
+
+def run(command: list[str], log: Path) -> tuple[int, Any]:
+    """The exit status of a command, and what the system says of its process; what it prints goes to a file."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+        _, status, usage = os.wait4(process.pid, 0)
+    return status, usage
+
+
+def print_table(records: dict[str, dict[str, Any]]) -> None:
+    """Markdown: each run with what was predicted and what came."""
+    print("| run | memory predicted, GB | measured | GPU predicted, GB | measured | time predicted, s | measured |")
+    print("|---|---|---|---|---|---|---|")
+    for name, record in records.items():
+        if "failed" in record:
+            print(f"| {name} | {record['failed']} |")
+            continue
+        cells = []
+        for key, unit in (("memory", 1e9), ("gpu", 1e9), ("seconds", 1.0)):
+            for source in ("predicted", "measured"):
+                value = record[source][key]
+                cells.append("–" if value is None else f"{value / unit:.1f}")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
