@@ -10,8 +10,8 @@ fast-hadamard-transform, `hadacore` of meta-pytorch/applied-ai's kernels/cuda/in
 Method: a CUDA graph of many launches is replayed five times, the median counts, divided by the launches. From 4096
 tokens on, inputs and outputs rotate among buffers that together exceed the L2 cache three times; below, they stay in
 it, as they do behind the layer that wrote them. Copies, elementwise kernels, products and peers are timed in the
-same way. Every way to cut the work (`kernels.hadamard.tilings`) is measured first, for one format; --as-measured takes
-the best ones of an earlier run instead, which the kernel has as a table.
+same way. Every way to cut the work (`kernels.hadamard.tilings`) is measured first, for the map alone and with INT4;
+--as-measured takes the best ones of an earlier run instead, which the kernel has as tables.
 """
 
 from __future__ import annotations
@@ -181,24 +181,29 @@ class Run:
         if self.args.as_measured:
             return
         candidates = {size: kernel.tilings(Hadamard(size).orders) for size in self.args.sizes}
-        cuts = {(size, "INT4 in bf16", t._replace(programs=1)) for size, ts in candidates.items() for t in ts}
-        self.compile(((transform, (n, *cut)) for cut in sorted(cuts) for n in (4, 400)), reserve=100)()
+        goals = {
+            "many": (8192 if ON_GPU else 4, "map only", kernel.MEASURED),
+            "whole": (8192 if ON_GPU else 4, "INT4 in bf16", kernel.MEASURED_WHOLE),
+            "few": (4, "INT4 in bf16", kernel.MEASURED_FEW),
+        }
+        cuts = sorted({(size, t._replace(programs=1)) for size, ts in candidates.items() for t in ts})
+        kinds = ((400, "map only"), (400, "INT4 in bf16"), (4, "INT4 in bf16"))
+        self.compile(((transform, (n, size, name, t)) for size, t in cuts for n, name in kinds), reserve=100)()
         for size, tilings in candidates.items():
             if self.late(80):
                 break
-            for num_tokens, key in ((8192 if ON_GPU else 4, "many"), (4, "few")):
+            for key, (num_tokens, name, table) in goals.items():
                 found = []
                 buffers = Buffers(num_tokens, size)
-                for tiling in tilings if key == "many" else {t._replace(num_stages=1, programs=1) for t in tilings}:
+                for tiling in tilings if key != "few" else {t._replace(num_stages=1, programs=1) for t in tilings}:
                     try:
-                        us = clock(transform(size, "INT4 in bf16", tiling), buffers, quick=True)
+                        us = clock(transform(size, name, tiling), buffers, quick=True)
                         found.append((us, *tiling))
                     except Exception as error:
                         self.note(f"tiling {size} {tuple(tiling)}", repr(error)[:200])
                 found.sort()
                 self.results["tuning"].setdefault(str(size), {})[key] = found[:8]
                 if found:
-                    table = kernel.MEASURED if key == "many" else kernel.MEASURED_FEW
                     table[size] = kernel.Tiling(*found[0][1:])
                     print(f"{size} {key}: " + ", ".join(f"{us:.2f} {t}" for us, *t in found[:3]), flush=True)
             self.save()
@@ -309,15 +314,14 @@ KINDS = ((32, "RoPE and map"), (8, "RoPE, map and INT4 in bf16"), (8, "RoPE, map
 FEW_HEADS = [(16, 4, 1, 8)]
 MANY_HEADS = [(64, 4, 1, 8)]
 RESIDUALS = [(4096, 32), (4096, 64), (8192, 64)]
-FEW_SUMS = [(16, 256, 4, 2, 0)]
-MANY_SUMS = [(32, 128, 4, 3, 4)]
+FEW_SUMS = [(16, 128, 128, 16, 4, 3)]
+MANY_SUMS = [(64, 128, 128, 1, 4, 3)]
 if ON_GPU:
     FEW_HEADS += [(16, 2, 1, 8), (16, 8, 1, 8)]
     MANY_HEADS += [(tile, 4, stages, n) for tile in (32, 64) for stages in (1, 2) for n in (2, 3, 4, 64)]
     MANY_HEADS += [(128, 8, 2, n) for n in (1, 2)]
-    FEW_SUMS += [(16, 128, 4, 2, 0), (16, 256, 8, 2, 0), (16, 512, 8, 2, 0)]
-    for tile, channels, warps, most in ((16, 256, 4, 4), (32, 128, 4, 3), (64, 128, 8, 2)):
-        MANY_SUMS += [(tile, channels, warps, stages, n) for stages in (3, 4) for n in range(1, most + 1)]
+    FEW_SUMS += [(16, 128, 64, parts, 4, 3) for parts in (8, 16, 32)]
+    MANY_SUMS += [(64, 128, 256, 1, 8, 3), (64, 64, 128, 1, 4, 4), (128, 64, 128, 1, 8, 3), (64, 128, 128, 2, 4, 3)]
 else:
     RESIDUALS = [(576, 16)]
 PACKED = ("RoPE, map and INT4",)
@@ -367,7 +371,9 @@ def transform(size: int, name: str, tiling: Any = None) -> Work:
 def tiling_of(size: int, name: str, num_tokens: int) -> Any:
     """The best tiling known in this process."""
     fmt, _ = FORMATS[name]
-    return kernel.best_tiling(Hadamard(size).orders, (fmt and fmt.group_size) or 0, num_tokens)
+    width = (fmt and fmt.group_size) or 0
+    whole = fmt is not None and (width == 0 or transforms.numbers(fmt).by_row)  # type: ignore[attr-defined]
+    return kernel.best_tiling(Hadamard(size).orders, width, num_tokens, whole=whole)
 
 
 def compiled(job: tuple[Any, tuple[Any, ...]]) -> str:

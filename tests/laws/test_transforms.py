@@ -37,6 +37,7 @@ FORMATS = {
 CASES = [(576, torch.float16, name) for name in FORMATS]
 CASES += [(1024, torch.float32, name) for name in ("INT8", "MXFP4", "MXFP4 even", "MXFP8", "E5M2 scales")]
 CASES += [(1536, torch.float32, "INT4 in groups"), (1536, torch.float16, "NVFP4"), (128, torch.float32, "INT4")]
+CASES += [(64, torch.float16, name) for name in ("MXFP4", "MXFP6", "E5M2 scales")]  # of the KV cache
 if not INTERPRETED:
     CASES += [(3072, torch.bfloat16, name) for name in FORMATS]
     CASES += [(size, torch.bfloat16, name) for size in (64, *SIZES) for name in ("INT4", "NVFP4")]
@@ -130,15 +131,29 @@ def test_numbers_near_the_ends_of_fp32_keep_their_precision():
 
 @direct
 @pytest.mark.parametrize("size", [1536] if INTERPRETED else SIZES)
-def test_every_way_to_cut_the_work(size):
-    from spinfold.kernels.hadamard import tilings
+def test_every_way_to_cut_the_work(size, monkeypatch):
+    from spinfold.kernels import hadamard as kernels
 
+    monkeypatch.setattr(kernels, "FEW", 0)  # else few rows are shared out, which is another way
     map, x = Hadamard(size, seed=4), random(5, size).to(NARROW)
     expected = map.apply(x.double())
-    cuts = {tiling._replace(programs=1, num_stages=2, num_warps=8): tiling for tiling in tilings(map.orders)}
+    cuts = {tiling._replace(programs=1, num_stages=2, num_warps=8): tiling for tiling in kernels.tilings(map.orders)}
     for cut in cuts:
         tiling = cut if INTERPRETED else cuts[cut]
         assert (map.by_kernel(x, tiling=tiling) - expected).norm() < 3e-3 * expected.norm()
+
+
+@direct
+@pytest.mark.parametrize("name", [None, "MXFP4"])
+def test_few_rows_are_shared_out_among_programs(name, monkeypatch):
+    from spinfold.kernels import hadamard as kernels
+
+    map, x = Hadamard(1536, seed=4), random(5, 1536)
+    grid = None if name is None else numbers(FORMATS[name])
+    shared = map.by_kernel(x, grid=grid)
+    monkeypatch.setattr(kernels, "FEW", 0)
+    gap = (map.by_kernel(x, grid=grid) - shared).abs()
+    assert (gap > 1e-5).float().mean() <= (0 if name is None else 1e-3)
 
 
 @direct

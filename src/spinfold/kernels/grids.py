@@ -20,7 +20,7 @@ from torch import Tensor
 
 from spinfold.kernels import Elements
 from spinfold.kernels.fake_quant_float import block_scale
-from spinfold.kernels.rounding import nearest_element, power_below, round_even
+from spinfold.kernels.rounding import nearest_element, round_even
 
 __all__ = [
     "Codes",
@@ -64,8 +64,6 @@ class FloatGrid(NamedTuple):
     by_row: bool
     mantissa_bits: int
     depth: int
-    steps: float
-    smallest: float
     largest: float
     first: float
     behind: float
@@ -81,8 +79,8 @@ def float_grid(width: int, rule: str, by_row: bool, bits: int, element: Elements
     last = 2.0 ** (math.frexp(element.largest)[1] - 1)
     return FloatGrid(
         bits, width, rule, by_row, element.mantissa_bits, -round(math.log2(element.smallest_normal)),
-        2.0**element.mantissa_bits, element.smallest_normal, element.largest, element.largest / last, 1 / last,
-        2 - 0.5 ** (element.mantissa_bits + 1), 2.0**scale.mantissa_bits, scale.smallest_normal, scale.largest,
+        element.largest, element.largest / last, 1 / last, 2 - 0.5 ** (element.mantissa_bits + 1),
+        2.0**scale.mantissa_bits, scale.smallest_normal, scale.largest,
     )  # fmt: skip
 
 
@@ -139,22 +137,20 @@ def _grid(low, high, outer, clip, grid: tl.constexpr):
 
 @triton.jit
 def _elements(z, per_step, second, grid: tl.constexpr):
-    """The elements nearest to z · per_step, and the sums from which `_codes` reads their codes.
+    """The elements nearest to z · per_step, and their codes, which for integers start at the lowest one.
 
-    A number plus 1.5 · 2^23 steps is rounded to whole steps, and their count is in its last bits (see `rounding`).
+    Floating point: times a power of two, the smallest normal element is fp32's. Then fp32's bits, cut behind the
+    element's mantissa, are the code, subnormals included. Integers: a number plus 1.5 · 2^23 is rounded to whole steps,
+    and their count is in its last bits.
     """
     if grid.floating:
         x = z * per_step
-        size = tl.minimum(tl.abs(x), grid.largest)
-        power = tl.maximum(power_below(size), grid.smallest)
-        magic = power * (_MAGIC / grid.steps)
-        total = size + magic
+        cut: tl.constexpr = 23 - grid.mantissa_bits
+        whole = (tl.minimum(tl.abs(x), grid.largest) * 2.0 ** (grid.depth - 126)).to(tl.int32, bitcast=True)
+        code = (whole + ((1 << (cut - 1)) - 1) + ((whole >> cut) & 1)) >> cut
         sign = x.to(tl.int32, bitcast=True) & -2147483648
-        q = ((total - magic).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-        # 2^m more for each power of two above the smallest.
-        bits: tl.constexpr = grid.mantissa_bits
-        above = (power.to(tl.int32, bitcast=True) >> (23 - bits)) - ((127 - grid.depth) << bits)
-        code = total.to(tl.int32, bitcast=True) - magic.to(tl.int32, bitcast=True) + above
+        size = (code << cut).to(tl.float32, bitcast=True) * 2.0 ** (126 - grid.depth)
+        q = (size.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
         code = code | ((sign >> (32 - grid.bits)) & (1 << (grid.bits - 1)))
     else:
         middle = second * 0.0 + _MAGIC
@@ -195,13 +191,13 @@ def _stored_scale(scale, grid: tl.constexpr):
 @triton.jit
 def put_on_grid(
     z, unscale, low, high, outer, clip, y_ptr, codes_ptr, scale_ptr, second_ptr, start, count, row, first,
-    B: tl.constexpr, grid: tl.constexpr, PACKED: tl.constexpr,
+    COLUMN: tl.constexpr, B: tl.constexpr, grid: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Put the numbers z · unscale of a tile on their grids and store them, or their codes.
 
-    The tile is the `count` lines from `start` on of an array with B columns, and part of its row `row`. That row's
-    extremes are `low` and `high`, and `outer` the scale of its scales; groups find their extremes themselves. What
-    there is one of for a row is stored if `first`.
+    The tile is the `count` lines from `start` on of an array with B columns, from COLUMN on, and part of row `row`.
+    That row's extremes are `low` and `high`, and `outer` the scale of its scales; groups find their extremes
+    themselves. What there is one of for a row is stored if `first`.
     """
     TILE_A: tl.constexpr = z.shape[0]
     TILE_B: tl.constexpr = z.shape[1]
@@ -229,14 +225,14 @@ def put_on_grid(
         code_AB = tl.reshape(code_AGW, (TILE_A, TILE_B))
         if grid.bits == 4:
             low_AB, high_AB = tl.split(tl.reshape(code_AB, (TILE_A, TILE_B // 2, 2)))
-            _store(codes_ptr, low_AB | high_AB << 4, start, count, B // 2)
+            _store(codes_ptr, low_AB | high_AB << 4, start, count, COLUMN // 2, B // 2)
         else:
-            _store(codes_ptr, code_AB, start, count, B)
+            _store(codes_ptr, code_AB, start, count, COLUMN, B)
         zeros: tl.constexpr = not grid.floating and not grid.symmetric
         if grid.width:
-            _store(scale_ptr, _stored_scale(scale_AG, grid), start, count, B // W)
+            _store(scale_ptr, _stored_scale(scale_AG, grid), start, count, COLUMN // W, B // W)
             if zeros:
-                _store(second_ptr, second_AG, start, count, B // W)
+                _store(second_ptr, second_AG, start, count, COLUMN // W, B // W)
         elif first:
             tl.store(scale_ptr + row, _stored_scale(scale, grid))
             if zeros:
@@ -244,14 +240,14 @@ def put_on_grid(
         if grid.by_row and first:
             tl.store(second_ptr + row, outer)
     else:
-        _store(y_ptr, tl.reshape(q_AGW * step, (TILE_A, TILE_B)), start, count, B)
+        _store(y_ptr, tl.reshape(q_AGW * step, (TILE_A, TILE_B)), start, count, COLUMN, B)
 
 
 @triton.jit
-def _store(ptr, x, start, count, B: tl.constexpr):
-    """A tile as `count` lines from `start` on of an array with B columns."""
+def _store(ptr, x, start, count, COLUMN: tl.constexpr, B: tl.constexpr):
+    """A tile as `count` lines from `start` on of an array with B columns, from COLUMN on."""
     a_A1 = tl.arange(0, x.shape[0])[:, None]
-    b_1B = tl.arange(0, x.shape[1])[None, :]
+    b_1B = COLUMN + tl.arange(0, x.shape[1])[None, :]
     tl.store(ptr + start * B + a_A1 * B + b_1B, x.to(ptr.dtype.element_ty), mask=(a_A1 < count) & (b_1B < B))
 
 

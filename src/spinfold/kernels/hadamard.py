@@ -1,19 +1,22 @@
 """A Hadamard map and dynamic quantization in one pass over the rows: each number is read once and written once.
 
-    y = x diag(s) (H_a ⊗ H_b) / √n,  n = a b        each row as the matrix X (A, B):  Y = H_aᵀ (X ∘ S) H_b / √n
+    y = x diag(s) (H_a ⊗ H_b) / √n,  n = a b        each row as the matrix X (A, B):  Y = (H_aᵀ (X ∘ S)) H_b / √n
     then y on the grid of its row, or of each group of neighbours: as numbers again, or as codes and scales
 
-Both products run on the tensor cores, and a row never leaves the chip between them. Entries of ±1 are exact in any
-dtype, so only the numbers they meet are rounded: X not at all if it has 16 bits; X H_b, which is brought near fp16's
-largest number by a power of two, to the 11 bits of fp16; sums are in fp32. For an fp32 x, both are cut in two fp16
-numbers, 22 bits together. Between map and grid nothing is rounded. `maps.hadamard` and `formats` define the result.
+Both products run on the tensor cores, and a row never leaves the chip between them. The left one comes first: then a
+row of the result needs no other one, the power of two that brings H_aᵀ X near fp16's largest number is that of its row,
+and each warp goes from one product to the next with what is in its registers. Entries of ±1 are exact in any dtype, so
+only the numbers they meet are rounded: X not at all if it has 16 bits; H_aᵀ X to the 11 bits of fp16; sums are in fp32.
+For an fp32 x, both are cut in two fp16 numbers, 22 bits together. Between map and grid nothing is rounded.
+`maps.hadamard` and `formats` define the result.
 
-A tile has a power of two of rows, so a is covered by two of them: 172 = 128 + 44, in 128 and 64.
+A tile has a power of two of rows, so X is loaded in several: 172 = 128 + 32 + 12, in 128, 32 and 16.
 
-Shapes: T rows of N = A B numbers, A1 and A2 rows of the two tiles (A2 = 0: there is one), G groups of W neighbours.
+Shapes: T rows of N = A B numbers; a tile of D rows of X, of R rows of the result; G groups of W neighbours.
 """
 
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment,misc"
+# ruff: noqa: RUF005 (Triton's tuples grow by addition only)
 from __future__ import annotations
 
 import math
@@ -36,7 +39,7 @@ from spinfold.kernels.grids import (
     row_extent,
 )
 
-__all__ = ["MEASURED", "MEASURED_FEW", "Tiling", "best_tiling", "hadamard", "tilings"]
+__all__ = ["MEASURED", "MEASURED_FEW", "MEASURED_WHOLE", "Tiling", "best_tiling", "hadamard", "tilings"]
 
 
 _MEMORY = 227 * 1024
@@ -44,11 +47,13 @@ _MEMORY = 227 * 1024
 
 
 class Tiling(NamedTuple):
-    """How the work is cut: b, the tiles' A1 and A2, warps of a program, rows in flight, programs per SM."""
+    """How the work is cut: b, parts in which the columns come (1, or 2 if b is a power of two), rows of a tile of the
+    result, warps of a program, rows in flight, programs per SM.
+    """
 
     columns: int
+    parts: int
     rows: int
-    more_rows: int
     num_warps: int
     num_stages: int
     programs: int
@@ -56,22 +61,19 @@ class Tiling(NamedTuple):
 
 @triton.jit
 def _load(
-    x_ptr, row, FIRST: tl.constexpr, A: tl.constexpr, B: tl.constexpr, TILE_A: tl.constexpr, TILE_B: tl.constexpr
+    ptr, FIRST, COLUMN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, A: tl.constexpr, B: tl.constexpr
 ):
-    """Rows FIRST … of a matrix `(A, B)`, zero beyond it."""
-    a_A1 = FIRST + tl.arange(0, TILE_A)[:, None]
-    b_1B = tl.arange(0, TILE_B)[None, :]
-    x_ptr += row * (A * B)
-    if TILE_B != B:
-        return tl.load(x_ptr + a_A1 * B + b_1B, mask=(a_A1 < A) & (b_1B < B), other=0.0)
-    if FIRST + TILE_A > A:
-        return tl.load(x_ptr + a_A1 * B + b_1B, mask=a_A1 < A, other=0.0)
-    return tl.load(x_ptr + a_A1 * B + b_1B)
+    """A tile of a matrix `(A, B)` from one of its rows and columns on, zero beyond it."""
+    a_R1 = FIRST + tl.arange(0, ROWS)[:, None]
+    b_1B = COLUMN + tl.arange(0, COLUMNS)[None, :]
+    if COLUMN + COLUMNS > B:
+        return tl.load(ptr + a_R1 * B + b_1B, mask=(a_R1 < A) & (b_1B < B), other=0.0)
+    return tl.load(ptr + a_R1 * B + b_1B, mask=a_R1 < A, other=0.0)
 
 
 @triton.jit
 def _block(ptr, ROW: tl.constexpr, COLUMN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr):
-    """A block of a stored square matrix, from its first row and column."""
+    """A block of a stored matrix with SIZE columns, from one of its rows and columns on."""
     return tl.load(ptr + (ROW + tl.arange(0, ROWS)[:, None]) * SIZE + COLUMN + tl.arange(0, COLUMNS)[None, :])
 
 
@@ -81,107 +83,142 @@ def _largest(x):
 
 
 @triton.jit
-def _by_right(x, right, power, SPLIT: tl.constexpr):
-    """x H_b in fp32; an fp32 x in two pieces."""
+def _two_products(lefts, xs, right, up, factor, COUNT: tl.constexpr, SPLIT: tl.constexpr):
+    """Some rows of H_aᵀ X H_b · factor in fp32; an fp32 X times `up` as two numbers of 16 bits."""
+    y_RB = tl.zeros((lefts[0].shape[0], xs[0].shape[1]), tl.float32)
+    for i in tl.static_range(COUNT):
+        x_DB = xs[i]
+        if SPLIT:
+            x_DB = x_DB * up
+            high_DB = x_DB.to(tl.float16)
+            y_RB = tl.dot(lefts[i], (x_DB - high_DB.to(tl.float32)).to(tl.float16), y_RB)
+            x_DB = high_DB
+        y_RB = tl.dot(lefts[i], x_DB, y_RB)
+    # max drops NaN, but the product carries it on.
+    up_R, down_R = near_largest(tl.max(tl.abs(y_RB), axis=1))
+    y_RB = y_RB * up_R[:, None]
+    high_RB = y_RB.to(tl.float16)
+    z_RB = tl.dot(high_RB, right)
     if SPLIT:
-        x = x * power
-        high = x.to(tl.float16)
-        low = (x - high.to(tl.float32)).to(tl.float16)
-        y = tl.dot(low, right, tl.dot(high, right))
-    else:
-        y = tl.dot(x, right)
-    return y
+        z_RB = tl.dot((y_RB - high_RB.to(tl.float32)).to(tl.float16), right, z_RB)
+    return z_RB * (down_R * factor)[:, None]
 
 
 @triton.jit
-def _by_left(left, y, z, SPLIT: tl.constexpr):
-    """z + H_aᵀ y in fp32; y, near fp16's largest number, as one or two pieces."""
-    high = y.to(tl.float16)
-    z = tl.dot(left, high, z)
-    if SPLIT:
-        z = tl.dot(left, (y - high.to(tl.float32)).to(tl.float16), z)
-    return z
+def _rows_of_result(lefts, xs, right, up, factor, COUNT: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr):
+    """Some rows of H_aᵀ X H_b · factor, in one part or in halves of the columns: then H_b is H_2 ⊗ `right`."""
+    ws = ()
+    for j in tl.static_range(PARTS):
+        ws = ws + (_two_products(lefts, xs[j], right, up, factor, COUNT, SPLIT),)
+    if PARTS == 2:
+        ws = (ws[0] + ws[1], ws[0] - ws[1])
+    return ws
 
 
 @triton.jit
-def _write(
-    z, factor, y_ptr, signs_ptr, row, FIRST: tl.constexpr, A: tl.constexpr, B: tl.constexpr, SIGNS: tl.constexpr
-):
-    """Store a tile without a grid."""
-    TILE_A: tl.constexpr = z.shape[0]
-    TILE_B: tl.constexpr = z.shape[1]
-    z = z * factor
-    if SIGNS == "after":
-        z = z * _load(signs_ptr, 0, FIRST, A, B, TILE_A, TILE_B).to(tl.float32)
-    a_A1 = FIRST + tl.arange(0, TILE_A)[:, None]
-    b_1B = tl.arange(0, TILE_B)[None, :]
-    tl.store(y_ptr + row * (A * B) + a_A1 * B + b_1B, z.to(y_ptr.dtype.element_ty), mask=(a_A1 < A) & (b_1B < B))
+def _write(ws, y_ptr, first, A: tl.constexpr, B: tl.constexpr):
+    """Store a tile, in parts of its columns, from row `first` on of a matrix `(A, B)`."""
+    a_R1 = first + tl.arange(0, ws[0].shape[0])[:, None]
+    for j in tl.static_range(len(ws)):
+        b_1B = j * ws[0].shape[1] + tl.arange(0, ws[0].shape[1])[None, :]
+        tl.store(y_ptr + a_R1 * B + b_1B, ws[j].to(y_ptr.dtype.element_ty), mask=(a_R1 < A) & (b_1B < B))
+
+
+@triton.constexpr_function
+def _before(sizes, index):
+    return sum(list(sizes)[:index])
+
+
+@triton.jit
+def _row_on_grid(
+    zs, clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row,
+    A: tl.constexpr, B: tl.constexpr, RS: tl.constexpr, PARTS: tl.constexpr, grid: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Put all tiles of a row, as a matrix `(A, B)`, on its grid, or on grids whose scales have one in common."""
+    low, high = row_extent(zs[0], grid)
+    for i in tl.static_range(1, len(zs)):
+        more_low, more_high = row_extent(zs[i], grid)
+        low = tl.minimum(low, more_low)
+        high = tl.maximum(high, more_high)
+    outer = 1.0
+    if grid.by_row:
+        outer = outer_of(low, high, grid)
+    for i in tl.static_range(len(zs)):
+        put_on_grid(zs[i], 1.0, low, high, outer, clip, y_ptr, codes_ptr, scale_ptr, second_ptr,
+                    row * A + _before(RS, i // PARTS), A - _before(RS, i // PARTS), row, i == 0,
+                    i % PARTS * zs[i].shape[1], B, grid, PACKED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _hadamard(
-    x_ptr, y_ptr, codes_ptr, scale_ptr, second_ptr, left_ptr, right_ptr, signs_ptr, clip_ptr, num_rows, factor,
-    A: tl.constexpr, B: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, TILE_B: tl.constexpr,
-    grid: tl.constexpr, PACKED: tl.constexpr, SIGNS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, y_ptr, codes_ptr, scale_ptr, second_ptr, scratch_ptr, left_ptr, right_ptr, signs_ptr, clip_ptr,
+    num_rows, factor,
+    A: tl.constexpr, B: tl.constexpr, DS: tl.constexpr, RS: tl.constexpr, TILE_B: tl.constexpr, PARTS: tl.constexpr,
+    SHARED: tl.constexpr, TILE_G: tl.constexpr, grid: tl.constexpr, PACKED: tl.constexpr, SIGNS: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    right_BB = _block(right_ptr, 0, 0, TILE_B, TILE_B, TILE_B)
-    left_11 = _block(left_ptr, 0, 0, A1, A1, A1 + A2)
-    if A2:
-        left_12 = _block(left_ptr, 0, A1, A1, A2, A1 + A2)
-        left_21 = _block(left_ptr, A1, 0, A2, A1, A1 + A2)
-        left_22 = _block(left_ptr, A1, A1, A2, A2, A1 + A2)
+    COUNT: tl.constexpr = len(DS)
+    C: tl.constexpr = TILE_B // PARTS
+    N: tl.constexpr = A * B
+    begin = tl.program_id(1) * RS[0] if SHARED else 0
+    left_ptr += begin * _before(DS, COUNT)
+    right_CC = _block(right_ptr, 0, 0, C, C, TILE_B)
+    lefts = ()
+    for r in tl.static_range(len(RS)):
+        blocks = ()
+        for d in tl.static_range(COUNT):
+            blocks = blocks + (_block(left_ptr, _before(RS, r), _before(DS, d), RS[r], DS[d], _before(DS, COUNT)),)
+        lefts = lefts + (blocks,)
     clip = tl.load(clip_ptr)
     for row in tl.range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0), num_stages=STAGES):
-        x_AB = _load(x_ptr, row, 0, A, B, A1, TILE_B)
-        if SIGNS == "before":
-            x_AB = x_AB * _load(signs_ptr, 0, 0, A, B, A1, TILE_B).to(x_AB.dtype)
-        if A2:
-            more_AB = _load(x_ptr, row, A1, A, B, A2, TILE_B)
-            if SIGNS == "before":
-                more_AB = more_AB * _load(signs_ptr, 0, A1, A, B, A2, TILE_B).to(more_AB.dtype)
+        xs = ()
+        most = 0.0
+        for j in tl.static_range(PARTS):
+            part = ()
+            for d in tl.static_range(COUNT):
+                x_DC = _load(x_ptr + row * N, _before(DS, d), j * C, DS[d], C, A, B)
+                if SIGNS == "before":
+                    x_DC = x_DC * _load(signs_ptr, _before(DS, d), j * C, DS[d], C, A, B).to(x_DC.dtype)
+                if SPLIT:
+                    most = tl.maximum(most, _largest(x_DC))
+                part = part + (x_DC,)
+            xs = xs + (part,)
         up = 1.0
         down = factor
         if SPLIT:
-            most = _largest(x_AB)
-            if A2:
-                most = tl.maximum(most, _largest(more_AB))
             up, back = near_largest(most)
-            down = down * back
-        y_AB = _by_right(x_AB, right_BB, up, SPLIT)
-        most = _largest(y_AB)
-        if A2:
-            yy_AB = _by_right(more_AB, right_BB, up, SPLIT)
-            most = tl.maximum(most, _largest(yy_AB))
-        up, back = near_largest(most)
-        down = down * back
-        z_AB = _by_left(left_11, y_AB * up, tl.zeros((A1, TILE_B), tl.float32), SPLIT)
-        if A2:
-            z_AB = _by_left(left_12, yy_AB * up, z_AB, SPLIT)
-            zz_AB = _by_left(left_21, y_AB * up, tl.zeros((A2, TILE_B), tl.float32), SPLIT)
-            zz_AB = _by_left(left_22, yy_AB * up, zz_AB, SPLIT)
-        if grid is None:
-            _write(z_AB, down, y_ptr, signs_ptr, row, 0, A, B, SIGNS)
-            if A2:
-                _write(zz_AB, down, y_ptr, signs_ptr, row, A1, A, B, SIGNS)
-        else:
-            low = 0.0
-            high = 0.0
-            outer = 1.0
+            down = factor * back
+        zs = ()
+        for r in tl.static_range(len(RS)):
+            first = begin + _before(RS, r)
+            ws = _rows_of_result(lefts[r], xs, right_CC, up, down, COUNT, PARTS, SPLIT)
+            if grid is None:
+                if SIGNS == "after":
+                    signed = ()
+                    for j in tl.static_range(PARTS):
+                        signs_RC = _load(signs_ptr, first, j * C, RS[r], C, A, B).to(tl.float32)
+                        signed = signed + (ws[j] * signs_RC,)
+                    ws = signed
+                _write(ws, y_ptr + row * N, first, A, B)
+            elif TILE_G:
+                _write(ws, scratch_ptr + tl.program_id(0) * N, first, A, B)
+            elif grid.width == 0 or grid.by_row:
+                zs = zs + ws
+            else:
+                for j in tl.static_range(PARTS):
+                    put_on_grid(ws[j], 1.0, 0.0, 0.0, 1.0, clip, y_ptr, codes_ptr, scale_ptr, second_ptr,
+                                row * A + first, A - first, row, False, j * C, B, grid, PACKED)  # fmt: skip
+        if TILE_G:
+            # Groups that cross rows of the matrix: the row comes back from the cache with a group in each line.
+            LINES: tl.constexpr = N // grid.width
+            tl.debug_barrier()
+            z_GW = _load(scratch_ptr + tl.program_id(0) * N, 0, 0, TILE_G, grid.width, LINES, grid.width)
+            tl.debug_barrier()
+            _row_on_grid((z_GW,), clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row, LINES, grid.width, (TILE_G,),
+                         1, grid, PACKED)  # fmt: skip
+        elif grid is not None:  # noqa: SIM102 (without a grid the next line does not compile)
             if grid.width == 0 or grid.by_row:
-                low, high = row_extent(z_AB, grid)
-                if A2:
-                    more_low, more_high = row_extent(zz_AB, grid)
-                    low = tl.minimum(low, more_low)
-                    high = tl.maximum(high, more_high)
-                low = low * down
-                high = high * down
-            if grid.by_row:
-                outer = outer_of(low, high, grid)
-            put_on_grid(z_AB, down, low, high, outer, clip, y_ptr, codes_ptr, scale_ptr, second_ptr,
-                        row * A, A, row, True, B, grid, PACKED)  # fmt: skip
-            if A2:
-                put_on_grid(zz_AB, down, low, high, outer, clip, y_ptr, codes_ptr, scale_ptr, second_ptr,
-                            row * A + A1, A - A1, row, False, B, grid, PACKED)  # fmt: skip
+                _row_on_grid(zs, clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row, A, B, RS, PARTS, grid, PACKED)
 
 
 def hadamard(
@@ -199,128 +236,169 @@ def hadamard(
 ) -> Tensor | Codes:
     """Each row of `x (..., N)`, N a multiple of `size`, through a Hadamard map of that size and onto a grid.
 
-    `left` is H_aᵀ in fp16, `right` H_b in the dtype of an x of 16 bits, else in fp16, both with zeros up to the tiles
-    of `tiling`. `signs`, int8, come before the product or after it. Without a `grid`, the rotated x; with one, the
-    numbers on it in x's dtype or, `packed`, their codes. `clip` is one fp32 number on the device; None stands for 1.
+    `left` is H_aᵀ in the dtype of an x of 16 bits, else in fp16, `right` H_b in fp16, with zeros up to the tiles of
+    `tiling` (`padded`). `signs`, int8, come before the product or after it. Without a `grid`, the rotated x; with one,
+    the numbers on it in x's dtype or, `packed`, their codes. `clip` is an fp32 number on the device; None stands for 1.
+
+    Where rows are few and their tiles need nothing of each other, each tile has a program to itself.
     """
     x = x.contiguous()
-    columns, rows, more_rows, num_warps, num_stages, programs = tiling
-    num_rows = x.numel() // size
-    assert grid is None or (x.shape[-1] == size and columns % max(grid.width, 1) == 0)
+    num_rows, height = x.numel() // size, size // tiling.columns
+    lines = 0
+    if grid is not None and tiling.columns // tiling.parts % max(grid.width, 1):
+        lines = triton.next_power_of_2(size // grid.width)
+    shared = num_rows <= FEW and (grid is None or (grid.width > 0 and not grid.by_row and not lines))
+    if shared:
+        tiling = tiling._replace(parts=1, rows=16, num_warps=4)
+    columns, parts, rows, num_warps, num_stages, programs = tiling
+    heights = _heights(height, rows)
+    assert grid is None or x.shape[-1] == size
     y, codes, scale, second = room_for(x, grid, packed)
     clip = one(x.device) if clip is None else clip
     if num_rows:
         count = min(num_rows, programs * processors(x.device))
-        _hadamard[(count,)](
-            x, y, codes, scale, second, left, right, x if signs is None else signs, clip, num_rows, size**-0.5,
-            size // columns, columns, rows, more_rows, right.shape[0], grid, packed,
+        _hadamard[(count, len(heights) if shared else 1)](
+            x, y, codes, scale, second, x.new_empty(count * size, dtype=torch.float32) if lines else x,
+            left, right, x if signs is None else signs, clip, num_rows, size**-0.5,
+            height, columns, _depths(height), heights[:1] if shared else heights, right.shape[0], parts, shared,
+            lines, grid, packed,
             "none" if signs is None else "after" if signs_after else "before",
-            x.dtype == torch.float32, num_stages if count < num_rows else 1, num_warps=num_warps,
+            x.dtype == torch.float32, 1 if lines or count == num_rows else num_stages, num_warps=num_warps,
             enable_fp_fusion=False,
         )  # fmt: skip
     return Codes(codes, scale, None if second is x else second) if packed else y
 
 
+def _depths(height: int) -> tuple[int, ...]:
+    """Powers of two from 16 on that cover the rows of X."""
+    whole = -(-height // 16) * 16
+    return tuple(1 << bit for bit in reversed(range(4, whole.bit_length())) if whole >> bit & 1)
+
+
+def _heights(height: int, rows: int) -> tuple[int, ...]:
+    """Tiles of `rows` rows of the result, and one for the rest: of 16, or 64 as the tensor cores like them best."""
+    whole, rest = divmod(height, rows)
+    last = 16 if rest <= 16 else min(rows, 64) if rest <= 64 else rows
+    return (rows,) * whole + (last,) * (rest > 0)
+
+
+def padded(tiling: Tiling, size: int) -> tuple[int, int, int]:
+    """Rows and columns of H_aᵀ as it is stored, and rows of H_b."""
+    height = size // tiling.columns
+    return sum(_heights(height, tiling.rows)), sum(_depths(height)), max(16, triton.next_power_of_2(tiling.columns))
+
+
 def best_tiling(
-    orders: tuple[int, ...], width: int = 0, num_rows: int = 1024, num_bytes: int = 2, memory: int = _MEMORY
+    orders: tuple[int, ...],
+    width: int = 0,
+    num_rows: int = 1024,
+    num_bytes: int = 2,
+    memory: int = _MEMORY,
+    *,
+    whole: bool = False,
 ) -> Tiling | None:
     """How rows of a Hadamard map with factors of these `orders` are cut, for groups of `width` neighbours.
 
-    `num_bytes` is the size of a number, `memory` that of an SM's shared memory. None if there is no way: then there is
-    no kernel for these rows.
+    `num_bytes` is the size of a number, `memory` that of an SM's shared memory; `whole`: nothing is written before all
+    of a row is known. None if there is no way: then there is no kernel for these rows.
     """
-    measured = (MEASURED_FEW if num_rows <= FEW else MEASURED).get(math.prod(orders))
-    found = [measured] if measured is not None and _fits(measured, width) else []
-    found += sorted((_usual(cut) for cut in _cuts(orders) if _fits(cut, width)), key=_work)
-    return next(filter(None, (_within(memory, tiling, num_bytes) for tiling in found)), None)
+    size = math.prod(orders)
+    measured = (MEASURED_FEW if num_rows <= FEW else MEASURED_WHOLE if whole else MEASURED).get(size)
+    found = [measured] if measured is not None else []
+    found += sorted((_usual(columns, size) for columns in _cuts(orders)), key=lambda tiling: _work(tiling, size))
+    if width & (width - 1):  # a tile divides into powers of two only
+        return None
+    found.sort(key=lambda tiling: width > 0 and tiling.columns // tiling.parts % width > 0)
+    return next(filter(None, (_within(memory, tiling, size, num_bytes) for tiling in found)), None)
 
 
-def _within(memory: int, tiling: Tiling, num_bytes: int) -> Tiling | None:
-    """The tiling with as many rows in flight as shared memory holds beside both matrices, X H_b, and room to reorder
-    the result.
+def _within(memory: int, tiling: Tiling, size: int, num_bytes: int) -> Tiling | None:
+    """The tiling with as many rows in flight as shared memory holds beside both matrices, an fp32 row's two pieces, and
+    room to reorder a tile of the result.
     """
-    columns, rows = max(16, triton.next_power_of_2(tiling.columns)), tiling.rows + tiling.more_rows
-    beside = 2 * (columns**2 + rows**2 + 2 * columns * rows)
-    num_stages = min(tiling.num_stages, (memory - beside) // (num_bytes * columns * rows))
+    height, depth, columns = padded(tiling, size)
+    part = columns // tiling.parts
+    beside = 2 * (height * depth + part**2) + num_bytes * part * tiling.rows + 4 * depth * columns * (num_bytes == 4)
+    num_stages = min(tiling.num_stages, (memory - beside) // (num_bytes * columns * depth))
     return tiling._replace(num_stages=num_stages) if num_stages > 0 else None
 
 
-def _fits(cut: tuple[int, ...], width: int) -> bool:
-    """Does no group of `width` neighbours cross a row of the matrix? A tile divides into powers of two only."""
-    return width == 0 or (width & (width - 1) == 0 and cut[0] % width == 0)
-
-
-def tilings(orders: tuple[int, ...], width: int = 0) -> list[Tiling]:
-    """All that are worth a measurement: the two or three cuts with least work, each in several ways."""
-    usual = sorted((_usual(cut) for cut in _cuts(orders) if _fits(cut, width)), key=_work)
+def tilings(orders: tuple[int, ...]) -> list[Tiling]:
+    """All that are worth a measurement: the two cuts with least work, each in several ways."""
+    size = math.prod(orders)
+    cuts = sorted(_cuts(orders), key=lambda columns: _work(_usual(columns, size), size))[:2]
     found = [
-        _within(_MEMORY, tiling._replace(num_warps=num_warps, num_stages=num_stages, programs=programs), 2)
-        for tiling in usual[: 3 if math.prod(orders) < 4096 else 2]
-        for num_warps in (tiling.num_warps, min(16, tiling.num_warps * 2))
-        for num_stages in (1, 3)
+        _within(_MEMORY, Tiling(columns, parts, rows, num_warps, num_stages, programs), size, 2)
+        for columns in cuts
+        for parts in ((1, 2) if columns == 128 else (1,))
+        for rows in (16, 32, 64, 128)
+        for num_warps in {rows // 16, 4}
+        for num_stages in (1, 2)
         for programs in (1, 2, 3, 4, 6, 8, 12, 16)
+        if rows < max(32, 2 * size // columns) and programs * num_warps <= 32
     ]
     return sorted({tiling for tiling in found if tiling is not None})
 
 
-def _cuts(orders: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """b, A1 and A2 for every way to see H_{k_1} ⊗ … as H_a ⊗ H_b: b is a product of the last factors.
+def _cuts(orders: tuple[int, ...]) -> list[int]:
+    """b for every way to see H_{k_1} ⊗ … as H_a ⊗ H_b: it is a product of the last factors.
 
     Powers of two come apart into twos, which is what Sylvester's matrices are made of.
     """
     factors = [f for order in orders for f in ([2] * (order.bit_length() - 1) if order & (order - 1) == 0 else [order])]
-    cuts = []
-    for index in range(len(factors) + 1):
-        columns, rows = math.prod(factors[index:]), math.prod(factors[:index])
-        whole = max(16, triton.next_power_of_2(rows))
-        if not 16 <= columns <= 128 or whole > 256:
-            continue
-        cuts.append((columns, whole, 0))
-        more = max(16, triton.next_power_of_2(rows - whole // 2)) if whole > 16 else whole
-        if whole // 2 + more < whole:
-            cuts.append((columns, whole // 2, more))
-    return cuts
+    cuts = (math.prod(factors[index:]) for index in range(len(factors) + 1))
+    return [columns for columns in cuts if 16 <= columns <= 128 and math.prod(orders) // columns <= 256]
 
 
-def _usual(cut: tuple[int, int, int]) -> Tiling:
-    """A tiling with 64 numbers for each thread, and as many programs as registers allow."""
-    columns, rows, more_rows = cut
-    numbers = (rows + more_rows) * max(16, triton.next_power_of_2(columns))
-    num_warps = min(8, max(1, triton.next_power_of_2(numbers // 2048)))
-    return Tiling(*cut, num_warps, 3, max(1, 16 // num_warps))
+def _usual(columns: int, size: int) -> Tiling:
+    """A tiling with 16 rows for each warp, and as many programs as registers allow."""
+    rows = min(64, max(16, triton.next_power_of_2(size // columns)))
+    return Tiling(columns, 1, rows, rows // 16, 2, 192 // rows)
 
 
-def _work(tiling: Tiling) -> float:
+def _work(tiling: Tiling, size: int) -> float:
     """A measure of what a row costs: multiplications, and numbers that are moved."""
-    rows, columns = tiling.rows + tiling.more_rows, triton.next_power_of_2(tiling.columns)
-    return rows * columns * (rows + columns + 300)
+    height, depth, columns = padded(tiling, size)
+    return height * columns * (depth + columns + 300)
 
 
 FEW = 64
 """Up to so many rows, the time of one counts rather than how many run at once."""
 
 MEASURED: dict[int, Tiling] = {
-    576: Tiling(48, 16, 0, 1, 3, 12),
-    1536: Tiling(32, 32, 16, 1, 3, 16),
-    3072: Tiling(64, 32, 16, 1, 3, 16),
-    4096: Tiling(64, 64, 0, 4, 3, 8),
-    5120: Tiling(64, 64, 16, 2, 3, 4),
-    8192: Tiling(128, 64, 0, 4, 3, 2),
-    9728: Tiling(64, 128, 32, 8, 1, 2),
-    11008: Tiling(64, 128, 64, 8, 3, 2),
-    14336: Tiling(128, 128, 0, 8, 1, 4),
-    18944: Tiling(128, 128, 32, 8, 1, 16),
+    576: Tiling(48, 1, 16, 1, 2, 16),
+    1536: Tiling(32, 1, 32, 1, 2, 16),
+    3072: Tiling(64, 1, 64, 4, 2, 6),
+    4096: Tiling(64, 1, 64, 4, 1, 16),
+    5120: Tiling(128, 2, 64, 4, 2, 8),
+    8192: Tiling(128, 2, 64, 4, 2, 4),
+    9728: Tiling(128, 2, 64, 4, 2, 3),
+    11008: Tiling(64, 1, 64, 4, 1, 2),
+    14336: Tiling(128, 2, 128, 8, 2, 4),
+    18944: Tiling(128, 2, 64, 4, 2, 2),
+}
+MEASURED_WHOLE: dict[int, Tiling] = {
+    576: Tiling(48, 1, 16, 1, 2, 16),
+    1536: Tiling(32, 1, 32, 1, 2, 16),
+    3072: Tiling(64, 1, 64, 4, 2, 6),
+    4096: Tiling(64, 1, 64, 4, 1, 6),
+    5120: Tiling(128, 2, 64, 4, 2, 16),
+    8192: Tiling(128, 2, 64, 4, 2, 4),
+    9728: Tiling(128, 2, 64, 4, 2, 2),
+    11008: Tiling(64, 1, 64, 4, 1, 2),
+    14336: Tiling(128, 2, 128, 8, 2, 4),
+    18944: Tiling(128, 2, 64, 4, 1, 4),
 }
 MEASURED_FEW: dict[int, Tiling] = {
-    576: Tiling(48, 16, 0, 2, 1, 1),
-    1536: Tiling(32, 64, 0, 2, 1, 1),
-    3072: Tiling(32, 64, 32, 2, 1, 1),
-    4096: Tiling(64, 64, 0, 4, 1, 1),
-    5120: Tiling(64, 64, 16, 4, 1, 1),
-    8192: Tiling(64, 128, 0, 4, 1, 1),
-    9728: Tiling(64, 128, 32, 8, 1, 1),
-    11008: Tiling(64, 128, 64, 8, 1, 1),
-    14336: Tiling(128, 128, 0, 8, 1, 1),
-    18944: Tiling(128, 128, 32, 8, 1, 1),
+    576: Tiling(48, 1, 16, 4, 1, 1),
+    1536: Tiling(32, 1, 32, 4, 1, 1),
+    3072: Tiling(64, 1, 64, 4, 1, 1),
+    4096: Tiling(64, 1, 64, 4, 1, 1),
+    5120: Tiling(128, 2, 64, 4, 1, 1),
+    8192: Tiling(64, 1, 128, 8, 1, 1),
+    9728: Tiling(128, 2, 128, 8, 1, 1),
+    11008: Tiling(64, 1, 64, 4, 1, 1),
+    14336: Tiling(128, 2, 128, 8, 1, 1),
+    18944: Tiling(128, 2, 128, 8, 1, 1),
 }
-"""The best of `tilings` on an H100, by size (`benchmarks/transforms.py`)."""
+"""The best of `tilings` on an H100, by size (`benchmarks/transforms.py`); WHOLE: for grids that need all of a row."""

@@ -88,7 +88,7 @@ def _rotate_heads(
             tl.store(y_ptr + row_R1 * N + column_1N, y.to(y_ptr.dtype.element_ty), mask=mask_R1)
         else:
             put_on_grid(y, 1.0, 0.0, 0.0, 1.0, clip, y_ptr, codes_ptr, scale_ptr, second_ptr,
-                        start, num_rows - start, 0, False, N, grid, PACKED)  # fmt: skip
+                        start, num_rows - start, 0, False, 0, N, grid, PACKED)  # fmt: skip
 
 
 def rotate_heads(

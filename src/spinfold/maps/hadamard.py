@@ -92,13 +92,15 @@ class Hadamard(Map):
         """`kernels.hadamard.hadamard` of x, with its options; for short rows `kernels.heads.rotate_heads`."""
         if self.size in SHORT:
             return self._by_dense_kernel(x, **options)
-        from spinfold.kernels.hadamard import hadamard
+        from spinfold.kernels.hadamard import hadamard, padded
 
         grid = options.get("grid")
-        tiling = options.pop("tiling", None) or _tiling(self.orders, x, grid.width if grid else 0)
+        width, whole = (grid.width, grid.width == 0 or grid.by_row) if grid else (0, False)
+        tiling = options.pop("tiling", None) or _tiling(self.orders, x, width, whole)
         assert tiling is not None
         dtype = torch.float16 if x.dtype == torch.float32 else x.dtype
-        left, right = _two_factors(self.orders, tiling[:3], x.device, dtype, self.transposed)
+        sizes = padded(tiling, self.block_size)
+        left, right = _two_factors(self.orders, tiling.columns, sizes, x.device, dtype, self.transposed)
         signs = None if self.signs_N is None else self.signs_N.to(x.device)
         return hadamard(x, left, right, tiling, self.block_size, signs=signs, signs_after=self.transposed, **options)
 
@@ -208,22 +210,26 @@ def _factor(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.tensor(hadamard_matrix(order), dtype=dtype, device=device)
 
 
-def _tiling(orders: tuple[int, ...], x: Tensor, width: int = 0) -> Any:
+def _tiling(orders: tuple[int, ...], x: Tensor, width: int = 0, whole: bool = False) -> Any:
     from spinfold.kernels.grids import shared_memory
     from spinfold.kernels.hadamard import best_tiling
 
-    return best_tiling(orders, width, x.numel() // prod(orders), x.element_size(), shared_memory(x.device))
+    num_rows = x.numel() // prod(orders)
+    return best_tiling(orders, width, num_rows, x.element_size(), shared_memory(x.device), whole=whole)
 
 
 @lru_cache(maxsize=64)
 def _two_factors(
-    orders: tuple[int, ...], cut: tuple[int, int, int], device: torch.device, dtype: torch.dtype, transposed: bool
+    orders: tuple[int, ...],
+    columns: int,
+    sizes: tuple[int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    transposed: bool,
 ) -> tuple[Tensor, Tensor]:
-    """H_aᵀ in fp16 and H_b in `dtype` with H_{k_1} ⊗ … = H_a ⊗ H_b, for the first three numbers of a `Tiling`.
-
-    With `transposed`, those of the transpose.
+    """H_aᵀ in `dtype` and H_b in fp16 with H_{k_1} ⊗ … = H_a ⊗ H_b, b = `columns`; with zeros up to `sizes`, the rows
+    and columns of H_aᵀ and the rows of H_b. With `transposed`, those of the transpose.
     """
-    columns, rows, more_rows = cut
     left, right = np.ones((1, 1), np.int8), np.ones((1, 1), np.int8)
     for order in reversed(orders):
         while order > 1:
@@ -235,13 +241,11 @@ def _two_factors(
                 left = np.kron(hadamard_matrix(factor), left)
             order //= factor
     left, right = (left, right.T) if transposed else (left.T, right)
+    height, depth, width = sizes
     with torch.inference_mode(False):
         return tuple(  # type: ignore[return-value]
-            F.pad(torch.tensor(matrix), (0, size - len(matrix)) * 2).to(device, kind).contiguous()
-            for matrix, size, kind in (
-                (left, rows + more_rows, torch.float16),
-                (right, 1 << (columns - 1).bit_length(), dtype),
-            )
+            F.pad(torch.tensor(m), (0, across - m.shape[1], 0, down - m.shape[0])).to(device, kind).contiguous()
+            for m, down, across, kind in ((left, height, depth, dtype), (right, width, width, torch.float16))
         )
 
 

@@ -5,8 +5,8 @@
     add_change(b, x, M, c)            b + (x M - x) / c
 
 x M is not rounded before the quantizer meets it. The torch functions define all three. On a GPU, a Hadamard map and a
-format whose grids depend on no other row are one kernel (`kernels.hadamard`, `kernels.heads`), and so are a low-rank
-map and the sum (`kernels.low_rank`). Their x M deviates by 2e-4 of its norm if x has 16 bits, by 3e-7 in fp32. So a
+format whose grids depend on no other row are one kernel (`kernels.hadamard`, `kernels.heads`), a low-rank map and the
+sum are two (`kernels.low_rank`). Their x M deviates by 2e-4 of its norm if x has 16 bits, by 3e-7 in fp32. So a
 number that near to the middle between two elements may go to the other one: 1 of about 1000 in 4 bits, of 100 in 8.
 
 Shapes: x (..., I) in groups (..., G, g).
