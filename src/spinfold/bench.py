@@ -58,7 +58,8 @@ __all__ = [
 ROTATION_READS = ("method", "seed", "compute", "online_dtype")
 """The attributes of a recipe that a rotated network depends on, besides its sites and what its method declares."""
 ROUNDING_READS = (
-    *("weight_format", "weights", "clip_search", "rounding", "overrides", "budget"),
+    *("weight_format", "weights", "clip_search", "rounding", "overrides", "budget", "candidates"),
+    *("format", "floats", "group_size"),
     *("calibration", "compute", "seed"),
 )
 """Those that its rounded weights depend on."""

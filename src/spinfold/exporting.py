@@ -25,9 +25,10 @@ from spinfold.compute import pick_device
 from spinfold.errors import CheckFailed
 from spinfold.evaluation import Proof
 from spinfold.export import check as checks
+from spinfold.export.choice import choose, facts_of
 from spinfold.export.contents import Contents
 from spinfold.export.gguf_config import context_length
-from spinfold.export.targets import BOUNDS, TARGETS, Row, choose, facts_of
+from spinfold.export.targets import BOUNDS, TARGETS, Row
 from spinfold.fitting.text import load_text, tokenize, windows
 from spinfold.networks.sources import transformers_errors
 from spinfold.progress import Progress, Quiet

@@ -19,7 +19,7 @@ Shapes: D residual width, V vocabulary, H heads, O out features, I in features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import cast
 
@@ -82,16 +82,17 @@ def fold(network: Network, maps: SiteMaps) -> None:
     place_online(network, maps)
 
 
-def fold_layers(network: Network, maps: SiteMaps) -> None:
-    """What `fold` does to the layers' weights, and no more: for who looks at these alone."""
+def fold_layers(network: Network, maps: SiteMaps, roles: Collection[str] | None = None) -> None:
+    """What `fold` does to the layers' weights, and no more: for who looks at these alone, or at linears of `roles`."""
     maps = maps.to(network.device, torch.float64)
     for layer in network.layers:
-        layer.change(partial(_fold_layer, maps=maps, offset=network.family.gain_offset))
+        layer.change(partial(_fold_layer, maps=maps, offset=network.family.gain_offset, roles=roles))
 
 
-def _fold_layer(layer: Layer, maps: SiteMaps, offset: int) -> None:
+def _fold_layer(layer: Layer, maps: SiteMaps, offset: int, roles: Collection[str] | None) -> None:
     for linear in layer.foldable:
-        _merge(linear.weight_OI, linear.bias_O, *maps_around(layer, linear.role, maps))
+        if roles is None or linear.role in roles:
+            _merge(linear.weight_OI, linear.bias_O, *maps_around(layer, linear.role, maps))
     for norm, scales in (
         (layer.attention_norm, maps.at("qkv_input", layer.index)),
         (layer.mlp_norm, maps.at("mlp_input", layer.index)),

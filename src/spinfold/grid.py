@@ -39,7 +39,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, fie
 
 from spinfold.errors import SpinfoldError
 from spinfold.plan import find_method
-from spinfold.recipe import Bits, Recipe, RoundingMethod, parse_yaml, presets, read_yaml
+from spinfold.recipe import Bits, Recipe, RoundingMethod, presets
+from spinfold.yaml_file import parse_yaml, read_yaml
 
 __all__ = ["Cell", "Entry", "Grid"]
 

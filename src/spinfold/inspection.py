@@ -113,7 +113,7 @@ def inspect(
             "Use a machine with more memory; `quantize` needs far less.",
         )
 
-    subject = prepare(checkpoint, recipe, place, progress, held_out_tokens=tokens, max_tokens=6 * tokens)
+    subject = prepare(checkpoint, recipe, place, progress, held_out_tokens=tokens, max_tokens=tokens)
     with progress.stage("find outliers"):
         before = measure_outliers(subject.network, subject.held_out_NT)
         spikes = find_spikes(subject.network, subject.held_out_NT)
@@ -135,7 +135,7 @@ def inspect(
         "recipe": recipe.model_dump(mode="json"),
         "device": {"type": place.type, "threads": torch.get_num_threads()}
         | {"compute": pick_precision(recipe.compute, place)},
-        "text": {"source": recipe.calibration.source, "windows": list(subject.held_out_NT.shape)},
+        "text": {"source": subject.held_out, "windows": list(subject.held_out_NT.shape)},
         "safe_kl": SAFE_KL,
         "original": {"perplexity": subject.quality.perplexity},
         "wires": _wires(before, after, spikes),

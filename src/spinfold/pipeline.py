@@ -27,13 +27,13 @@ import transformers
 
 from spinfold import __version__, plan
 from spinfold.checkpoint import save_clips, save_maps, save_model
-from spinfold.compute import pick_device, pick_precision
+from spinfold.compute import keep_freed_memory, pick_device, pick_precision
 from spinfold.distributed import held_by_first, is_first, joined, on_first, world
 from spinfold.errors import SpinfoldError
 from spinfold.evaluation import Quality, measure_quality
 from spinfold.evaluation.outliers import measure_outliers
 from spinfold.fitting.clipping import CLIP_WINDOWS, search_clips
-from spinfold.fitting.text import load_text
+from spinfold.fitting.text import Text, texts_of
 from spinfold.forecast import Forecast, Machine, forecast, measure_machine, unmeasured_machine
 from spinfold.kept import kept_allocation, kept_rotation, kept_rounding
 from spinfold.methods import METHODS
@@ -46,10 +46,12 @@ from spinfold.rotation import Rotated, prove_orthogonal, rotate_network
 from spinfold.rounding import RoundedLinear, round_network
 from spinfold.run import RunFolder, write_json, write_whole
 from spinfold.runtime import Clips, quantize_wires
-from spinfold.subject import EVAL_TOKENS, HELD_OUT, Subject, prepare
+from spinfold.subject import EVAL_TOKENS, Subject, prepare
 
 __all__ = ["MethodInfo", "Run", "clips_of", "methods", "predict", "quantize", "report"]
 
+_SPARE_TOKENS = 1 << 18
+"""So many tokens more than are needed are read of the calibration text, so that each seed draws windows of its own."""
 _SLACK = 1.25
 """A run is refused if it needs this many times the free memory: predictions are within a fifth (docs/planning.md)."""
 
@@ -90,26 +92,28 @@ def quantize(
     """Rotate, prove, round and measure a model, and leave a run folder.
 
     `model` is a Hugging Face folder or hub id, a GGUF file, or `smollm2`; `evaluate_on` names the text of the
-    figures (else the held-out fifth of the calibration text); `baselines` names methods that are measured beside the
-    recipe's, with its other settings, and leave no more than their row in the table of figures. Under torchrun the
-    processes work together (`spinfold.distributed`), and the first one writes the folder. Raises
+    figures (else the last fifth of the calibration text is held out for them); `baselines` names methods that are
+    measured beside the recipe's, with its other settings, and leave no more than their row in the table of figures.
+    Under torchrun the processes work together (`spinfold.distributed`), and the first one writes the folder. Raises
     `SpinfoldError` for what can't be done, before weights are loaded where that can be known, and `CheckFailed` if a
     proof does not hold.
     """
     recipe, progress, output = recipe or Recipe.load("spinfold"), progress or Quiet(), Path(output)
     place, folder = pick_device(device), RunFolder(output)
+    if place.type == "cpu":
+        keep_freed_memory()
     on_first(partial(_check_folder, folder, resume))
     checkpoint = resolve(model)
     plan.plan_run(checkpoint.config, recipe)
     for name in baselines:
         plan.plan_run(checkpoint.config, recipe.with_(method=name))
-    texts = [load_text(source).text for source in (recipe.calibration.source, evaluate_on) if source is not None]
+    texts = texts_of(recipe.calibration.source, evaluate_on)
     room = _forecast(checkpoint, recipe, texts, unmeasured_machine(place)).fits(_SLACK)
     room.require("This run does not fit on this machine.")
     key = {
         "model": checkpoint.fingerprint(),
         "recipe": recipe.model_dump(mode="json"),
-        "text": [hashlib.sha256(text.encode()).hexdigest() for text in texts],
+        "text": [hashlib.sha256(one.text.encode()).hexdigest() for one in texts],
         "version of spinfold": __version__,
         "baselines": list(baselines),
     }
@@ -119,9 +123,9 @@ def quantize(
         rows = [row("original", subject.quality)]
         rows += [_baseline(subject, recipe.with_(method=name), progress) for name in baselines]
         start = time.perf_counter()
-        before = measure_outliers(subject.network, subject.held_out_NT[:4])
+        before = measure_outliers(subject.network, subject.held_out_NT[:4], compute=recipe.compute)
         rotated = kept_rotation(folder, subject, recipe, progress)
-        after = measure_outliers(rotated.network, subject.held_out_NT[:4], at=before.places)
+        after = measure_outliers(rotated.network, subject.held_out_NT[:4], at=before.places, compute=recipe.compute)
         clips = clips_of(subject, rotated, recipe, progress)
         asked, recipe = recipe, kept_allocation(folder, subject, rotated.network, recipe, progress)
         rounded = kept_rounding(folder, subject, rotated.network, recipe, progress)
@@ -136,7 +140,7 @@ def quantize(
                 save_model(output / "model", rotated.network, rounded)
                 before.save(output / "outliers-before.npz")
                 after.save(output / "outliers-after.npz")
-            data = describe(subject, recipe, rotated, rounded, rows, place, progress, evaluate_on)
+            data = describe(subject, recipe, rotated, rounded, rows, place, progress)
             log = folder.log.read_bytes()
             write_whole(output / "log.txt", lambda path: path.write_bytes(log))
             write_json(output / "run.json", data)
@@ -171,16 +175,15 @@ def predict(
     plan.check_output(output)
     checkpoint = resolve(model)
     plan.plan_run(checkpoint.config, recipe)
-    texts = [load_text(source).text for source in (recipe.calibration.source, evaluate_on) if source is not None]
+    texts = texts_of(recipe.calibration.source, evaluate_on)
     return _forecast(checkpoint, recipe, texts, measure_machine(place, recipe.compute))
 
 
-def _forecast(checkpoint: Checkpoint, recipe: Recipe, texts: Sequence[str], machine: Machine) -> Forecast:
-    """With the calibration text, and perhaps another one for the figures; a token has about four characters."""
-    lengths = [len(text) // 4 for text in texts]
-    held = lengths[1] if len(lengths) > 1 else int(HELD_OUT * lengths[0])
+def _forecast(checkpoint: Checkpoint, recipe: Recipe, texts: tuple[Text, Text], machine: Machine) -> Forecast:
+    """With the calibration text and the one held out; a token has about four characters."""
+    available, held = (len(one.text) // 4 for one in texts)
     limit = EVAL_TOKENS.get(machine.device, EVAL_TOKENS["cpu"])
-    return forecast(checkpoint, recipe, machine, text_tokens=lengths[0], held_out_tokens=min(held, limit))
+    return forecast(checkpoint, recipe, machine, text_tokens=available, held_out_tokens=min(held, limit))
 
 
 def row(name: str, quality: Quality, seconds: float | None = None) -> dict[str, Any]:
@@ -225,11 +228,11 @@ def _measure(
 
 
 def _tokens_needed(recipe: Recipe) -> int:
-    """How much of the calibration text is worth tokenizing: what fits, Hessians and figures can use."""
+    """How much of the calibration text is worth tokenizing."""
     fit = recipe.fit
     fitted = (100 if fit.steps is None else fit.steps) * (fit.batch or 8) * (fit.seq_len or recipe.calibration.seq_len)
     calibrated = recipe.calibration.samples * recipe.calibration.seq_len
-    return int(max(fitted, calibrated) / (1 - HELD_OUT)) + max(EVAL_TOKENS.values())
+    return max(fitted, calibrated) + _SPARE_TOKENS
 
 
 def describe(
@@ -240,14 +243,12 @@ def describe(
     rows: Iterable[dict[str, Any]],
     device: torch.device,
     progress: Progress,
-    evaluate_on: str | None,
 ) -> dict[str, Any]:
     """The contents of run.json."""
     network, checkpoint, calibration = rotated.network, subject.checkpoint, recipe.calibration
     weights = sum(x.weight.q_OI.numel() for x in rounded)
     bits = sum(x.weight.bits_per_weight * x.weight.q_OI.numel() for x in rounded) / weights if weights else 16.0
     linear_weights = sum(linear.weight_OI.numel() for linear in network.linears)
-    held_out = evaluate_on or f"last fifth of {calibration.source}"
     orthogonal, gaps = prove_orthogonal(rotated.maps)
     return {
         "schema_version": 1,
@@ -274,7 +275,7 @@ def describe(
         },
         "text": {
             "calibration": calibration.source,
-            "evaluation": held_out,
+            "evaluation": subject.held_out,
             "evaluation_tokens": subject.quality.tokens,
             "seq_len": calibration.seq_len,
         },
@@ -290,6 +291,7 @@ def describe(
             {
                 "layer": x.layer,
                 "role": x.role,
+                "expert": x.expert,
                 "error": x.error,
                 "nearest_error": x.nearest_error,
                 "damping": x.damping,

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from spinfold.errors import SpinfoldError
-from spinfold.formats import FLOAT_FORMATS, IntFormat
+from spinfold.formats import FLOAT_FORMATS, FloatFormat
 from spinfold.formats.microscaling import ELEMENTS
 from spinfold.methods import METHODS, Method
 from spinfold.networks import ONLINE_SITES, Family, family_of
-from spinfold.recipe import Bits, Recipe
-from spinfold.rounding import WIDTHS
+from spinfold.recipe import Bits, Override, Recipe
+from spinfold.rounding import choices_of
 from spinfold.run import is_leftover
 
 __all__ = ["ONLINE_SITES", "check_output", "check_seq_len", "find_method", "is_run", "plan_run"]
@@ -127,6 +127,24 @@ def _check_format(config: Any, family: Family, recipe: Recipe) -> None:
     """A floating-point format fixes its bits and its blocks, and whole blocks make a row."""
     for why, fix in _objections(config, family, recipe):
         raise SpinfoldError(f"The format {recipe.format} can't be used as the recipe asks.", why, fix)
+    if recipe.kv_format is not None and recipe.kv.format != "int":
+        for why, fix in _objections_to_cache(_head_dim(config), recipe):
+            raise SpinfoldError(f"The KV cache can't have the format {recipe.kv.format} as asked.", why, fix)
+
+
+def _objections_to_cache(head_dim: int, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Why a head's keys or values can't be in a floating-point format, and what to do."""
+    format, asked = recipe.float_format_of(recipe.kv.format), Bits.parse(recipe.bits)
+    if wrong := {asked.keys, asked.values} - {format.bits, 16}:
+        keys, values = (16 if bits == 16 else format.bits for bits in asked[2:])
+        near = asked._replace(keys=keys, values=values)
+        yield f"Its numbers have {format.bits} bits, not {min(wrong)}.", f"Use --bits {near}, or kv.format int."
+    if recipe.kv.key_group or recipe.kv.value_group:
+        fix = "Leave kv.key_group and kv.value_group out."
+        yield "Its blocks lie along the head, and groups along the tokens.", fix
+    if head_dim % (format.group_size or 1):
+        why = f"A head has {head_dim} numbers, and it takes whole blocks of {format.group_size}."
+        yield why, "Use another kv.format, or kv.format int."
 
 
 def _objections(config: Any, family: Family, recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -151,8 +169,6 @@ def _objections(config: Any, family: Family, recipe: Recipe) -> Iterator[tuple[s
     if own.group_size and any(width % own.group_size for width in widths):
         why = f"The linears of this model have {', '.join(map(str, widths))} inputs, and it takes whole blocks of"
         yield f"{why} {own.group_size}.", "Use --format int or fp8, or another model."
-    if recipe.rounding.method == "autoround":
-        yield "Learned rounding is for integer grids.", "Use --rounding gptq, or --format int."
 
 
 def _check_group_size(config: Any, family: Family, recipe: Recipe) -> None:
@@ -176,9 +192,12 @@ def _check_group_size(config: Any, family: Family, recipe: Recipe) -> None:
 
 def _inputs(config: Any, family: Family) -> dict[str, set[int]]:
     """How many inputs the linears of each role have."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    own = {"o": {config.num_attention_heads * head_dim}, "down": family.mlp_widths(config)}
+    own = {"o": {config.num_attention_heads * _head_dim(config)}, "down": family.mlp_widths(config)}
     return {role: own.get(role, {config.hidden_size}) for role in family.linears}
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or int(config.hidden_size // config.num_attention_heads)
 
 
 def _check_cache(config: Any, recipe: Recipe) -> None:
@@ -201,15 +220,33 @@ def _check_cache(config: Any, recipe: Recipe) -> None:
         raise SpinfoldError(what, why, "Use a smaller kv.sink, kv.residual or group, or a longer --seq-len.")
 
 
+def _objections_to_override(one: Override, format: FloatFormat, widths: list[int]) -> Iterator[tuple[str, str]]:
+    """Why linears of these widths can't be on a floating-point grid that an override asks for."""
+    if one.bits not in (None, format.bits):
+        why = f"Its linears are in floating point of {format.bits} bits, and it asks for {one.bits}."
+        yield why, "Name another `format` beside the bits, such as int."
+    if one.symmetric is not None:
+        yield "Floating-point numbers are symmetric, all of them.", "Leave `symmetric` out."
+    if (format.scale != "real" or format.bits < 8) and one.group_size is not None:
+        yield f"{format.element.upper()} has blocks by definition.", "Leave `group_size` out."
+    if any(width % (format.group_size or 1) for width in widths):
+        inputs = ", ".join(map(str, widths))
+        why = f"Its linears have {inputs} inputs, and it takes whole blocks of {format.group_size}."
+        yield why, "Use the format int or fp8 there."
+
+
 def _check_mixed(config: Any, family: Family, recipe: Recipe) -> None:
     """Overrides that mean some linear of this model and fit it; a budget that its narrowest grids may meet."""
+    if recipe.candidates and recipe.budget is None:
+        raise SpinfoldError("Candidates can't be had here.", "A budget chooses among them, and there is none.",
+                            "Name a `budget` in bits per weight, or leave `candidates` out.")  # fmt: skip
     if not recipe.overrides and recipe.budget is None:
         return
-    format, inputs = recipe.weight_format, _inputs(config, family)
-    if not isinstance(format, IntFormat):
-        why = "They choose among integer grids." if format else "The weights stay in 16 bits."
+    inputs, everywhere = _inputs(config, family), Override(match="*")
+    if recipe.weight_format is None:
+        why = "The weights stay in 16 bits."
         raise SpinfoldError("Overrides and a budget can't be had here.", why, "Leave them out, or ask for fewer bits.")
-    for one in recipe.overrides:
+    for number, one in enumerate(recipe.overrides):
         what = f"The override {one.match!r} can't be used."
         meant = {role for i in range(config.num_hidden_layers) for role in inputs if one.fits(f"layers.{i}.{role}")}
         if not meant:
@@ -217,15 +254,26 @@ def _check_mixed(config: Any, family: Family, recipe: Recipe) -> None:
             why = f"It fits no linear of this model: they are layers.0.ROLE to layers.{last}.ROLE, with ROLE {roles}."
             raise SpinfoldError(what, why, "Write a pattern such as layers.*.down or layers.0.*.")
         widths = sorted(set().union(*(inputs[role] for role in meant)))
+        before = recipe.model_copy(update={"overrides": recipe.overrides[:number]})
+        for linear in (f"layers.{i}.{role}" for i in range(config.num_hidden_layers) for role in meant):
+            if one.fits(linear) and isinstance(format := before.weight_format_of(linear, one), FloatFormat):
+                for why, fix in _objections_to_override(one, format, widths):
+                    raise SpinfoldError(what, why, fix)
         if isinstance(one.group_size, int) and any(width % one.group_size for width in widths):
             why = f"Its linears have {', '.join(map(str, widths))} inputs, which {one.group_size} does not divide."
             common = math.gcd(*widths)
             divisors = [str(n) for n in range(2, common + 1) if common % n == 0]
             raise SpinfoldError(what, why, f"Use one of {', '.join(['row', *divisors])}.")
     if recipe.budget is not None and not recipe.overrides:
-        widest = recipe.group_size or max(max(widths) for widths in inputs.values())
-        per_scale = recipe.scale_dtype.itemsize * 8 + (0 if format.symmetric else min(WIDTHS))
-        if recipe.budget < (least := min(WIDTHS) + per_scale / widest):
+        widths = sorted(set().union(*inputs.values()))
+        grids = [recipe.weight_format_of("", choice) for choice in choices_of("", recipe)]
+        for grid in grids:
+            if isinstance(grid, FloatFormat):
+                for why, fix in _objections_to_override(everywhere, grid, widths):
+                    raise SpinfoldError("The budget can't be had with these candidates.", why, fix)
+        scale_bits = recipe.scale_dtype.itemsize * 8
+        least = min(grid.bits_per_number(max(widths), scale_bits) for grid in grids if grid)
+        if recipe.budget < least:
             raise SpinfoldError(
                 f"A budget of {recipe.budget} bits per weight can't be met.",
                 f"The narrowest grids take {least:.3g} bits per weight or more, with their scales.",

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, Self, get_args
 
@@ -25,19 +24,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from spinfold.errors import SpinfoldError
 from spinfold.formats import FLOAT_FORMATS, CacheFormat, ClipSearch, FloatFormat, Format, IntFormat
 from spinfold.formats.microscaling import Scale
+from spinfold.yaml_file import read_yaml
 
-__all__ = ["Bits", "Override", "Recipe", "RoundingMethod", "parse_yaml", "presets", "read_yaml"]
+__all__ = ["Bits", "Override", "Recipe", "RoundingMethod", "presets"]
 
 SCHEMA_VERSION: Final = 1
-_MAX_BYTES = 1 << 20
 _LATER: Final = {
-    "kv": ("key_group", "value_group", "before_rope", "sink", "residual"),
+    "kv": ("format", "key_group", "value_group", "before_rope", "sink", "residual"),
     "rounding": ("static_groups",),
 }
 """Fields that recipes did not always have."""
 Site = Literal["residual", "value", "query_key", "down"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 RoundingMethod = Literal["rtn", "gptq", "gptaq", "ldlq", "autoround"]
+FormatName = Literal["int", "fp8", "mxfp4", "mxfp6", "mxfp8", "nvfp4", "amxfp4"]
 Clip = Annotated[float, Field(gt=0, le=1)] | Literal["searched", "learned"]
 
 
@@ -106,9 +106,11 @@ class KVCache(_Section):
 
     A head of a token has one grid, or, with `key_group` or `value_group`, each channel of as many successive tokens.
     Keys are quantized behind RoPE and the query_key map, or `before_rope` and without that map. The first `sink` and
-    the last `residual` tokens are not quantized. `clip` is as for activations.
+    the last `residual` tokens are not quantized. `clip` is as for activations. A floating-point `format` has its blocks
+    along the head; `symmetric`, `key_group` and `value_group` are for integers.
     """
 
+    format: FormatName = "int"
     symmetric: bool = False
     clip: Clip = 1.0
     key_group: int | None = Field(None, ge=2, le=4096)
@@ -160,10 +162,12 @@ class Rounding(_Section):
 class Override(_Section):
     """Another grid for the linears whose name, such as `layers.3.down`, the pattern `match` has, as a shell's `*.txt`.
 
-    What is None stays as it is; `group_size` "row" is one scale for the whole row. Experts go by their role.
+    What is None stays as it is; `group_size` "row" is one scale for the whole row. Experts go by their role. Another
+    `format` has its own bits and blocks; integers then have the recipe's groups and signs, unless it says otherwise.
     """
 
     match: str
+    format: FormatName | None = None
     bits: int | None = Field(None, ge=2, le=8)
     group_size: Annotated[int, Field(ge=1)] | Literal["row"] | None = None
     symmetric: bool | None = None
@@ -226,8 +230,10 @@ class Recipe(_Section):
     """One run's choices. Unknown keys are errors that name the nearest known one.
 
     `overrides` give some linears another grid than the others; the last one that fits wins. `budget` is the number of
-    bits per weight, scales included, that the linears may take together: each gets the width at which it serves best
-    (`rounding.allocate`), but for those whose width an override names. A run's own recipe has an override for each.
+    bits per weight, scales included, that the linears may take together: each gets the grid at which it serves best
+    (`rounding.allocate`), but for those whose bits or format an override names. `candidates` are the formats that it
+    chooses from, "int" standing for all widths; none are integers, or a floating-point `format`, mxfp6 and mxfp8. A
+    run's own recipe has an override for each linear.
 
     `online_dtype` is the one in which the target holds the online map before `down`: below float32, the weights are
     folded with the rounded map (`maps.held`), which is part of the function then.
@@ -237,7 +243,7 @@ class Recipe(_Section):
     method: str = "spinfold"
     sites: tuple[Site, ...] | None = None
     bits: str = "W4A4KV4"
-    format: Literal["int", "fp8", "mxfp4", "mxfp6", "mxfp8", "nvfp4", "amxfp4"] = "int"
+    format: FormatName = "int"
     floats: Floats = Floats()
     group_size: int | None = Field(None, ge=1)
     weights: Weights = Weights()
@@ -246,6 +252,7 @@ class Recipe(_Section):
     rounding: Rounding = Rounding()
     overrides: tuple[Override, ...] = ()
     budget: float | None = Field(None, gt=2, lt=16)
+    candidates: tuple[FormatName, ...] = ()
     calibration: Calibration = Calibration()
     fit: Fit = Fit()
     online_dtype: Dtype = "float32"
@@ -266,9 +273,12 @@ class Recipe(_Section):
     @property
     def float_format(self) -> FloatFormat | None:
         """What `format` and `floats` name, if that is not integers, as weights have it."""
-        if self.format == "int":
-            return None
-        return replace(FLOAT_FORMATS[self.format], **self.floats.model_dump(exclude_none=True))
+        return None if self.format == "int" else self.float_format_of(self.format)
+
+    def float_format_of(self, name: str) -> FloatFormat:
+        """A floating-point format, as weights have it; `floats` has variants of the recipe's own."""
+        variants = self.floats.model_dump(exclude_none=True) if name == self.format else {}
+        return replace(FLOAT_FORMATS[name], **variants)
 
     @property
     def weight_format(self) -> Format | None:
@@ -280,21 +290,29 @@ class Recipe(_Section):
             return replace(floats, group_size=floats.group_size or self.group_size)
         return IntFormat(bits, self.weights.symmetric, self.group_size)
 
-    def weight_format_of(self, linear: str, bits: int | None = None) -> Format | None:
-        """The grid of one linear, such as `layers.3.down`, with `overrides`, and `bits` if given; None at 16 bits."""
+    def weight_format_of(self, linear: str, choice: Override | None = None) -> Format | None:
+        """The grid of one linear, such as `layers.3.down`, with `overrides` and then `choice`; None at 16 bits."""
         format = self.weight_format
         if format is None:
             return None
-        for one in self.overrides:
+        for one in (*self.overrides, *([choice] if choice else [])):
             if one.fits(linear):
-                changes = one.model_dump(exclude={"match"}, exclude_none=True)
-                changes |= {"group_size": None} if one.group_size == "row" else {}
-                format = replace(format, **changes)
-        return format if bits is None else replace(format, bits=bits)
+                format = self._overridden(format, one)
+        return format
 
-    def fixed_bits(self, linear: str) -> int | None:
-        """The width that an override names for one linear."""
-        return next((one.bits for one in reversed(self.overrides) if one.bits and one.fits(linear)), None)
+    def _overridden(self, format: Format, one: Override) -> Format:
+        if one.format == "int" and not isinstance(format, IntFormat):
+            format = IntFormat(format.bits, self.weights.symmetric, self.group_size)
+        elif one.format not in (None, "int"):
+            format = self.float_format_of(one.format)
+            format = replace(format, group_size=format.group_size or self.group_size)
+        named = {"bits", "symmetric", "group_size"} if isinstance(format, IntFormat) else {"group_size"}
+        changes = one.model_dump(include=named, exclude_none=True)
+        return replace(format, **changes | ({"group_size": None} if one.group_size == "row" else {}))
+
+    def names_grid(self, linear: str) -> bool:
+        """Does an override name the bits or the format of one linear?"""
+        return any((one.bits or one.format) and one.fits(linear) for one in self.overrides)
 
     @property
     def activation_format(self) -> Format | None:
@@ -316,11 +334,18 @@ class Recipe(_Section):
         """What of the cache is quantized, and how; None at 16 bits."""
         kv, bits, clip = self.kv, Bits.parse(self.bits), _ratio(self.kv.clip)
         key, value = (
-            None if width == 16 else IntFormat(width, kv.symmetric, group, clip)
+            None if width == 16 else self._cache_grid(width, group, clip)
             for width, group in ((bits.keys, kv.key_group), (bits.values, kv.value_group))
         )
         before_rope = kv.before_rope and key is not None
         return CacheFormat(key, value, before_rope, kv.sink, kv.residual) if key or value else None
+
+    def _cache_grid(self, bits: int, group: int | None, clip: float) -> Format:
+        """The grid of keys or values; a scale of scales is one for a head of a token."""
+        if self.kv.format == "int":
+            return IntFormat(bits, self.kv.symmetric, group, clip)
+        floats = self.float_format_of(self.kv.format)
+        return replace(floats, outer=floats.outer and "row", clip=clip)
 
     @property
     def keys_behind_rope(self) -> bool:
@@ -394,7 +419,7 @@ class Recipe(_Section):
     def identity(self) -> str:
         """The whole choice as one line of JSON, such that a recipe keeps it when recipes get another field.
 
-        It leaves out those of `_LATER` that have their default.
+        It leaves out those of `_LATER` that have their default, and `candidates`.
         """
         defaults = {section: type(getattr(self, section))() for section in _LATER}
         absent = {
@@ -403,51 +428,14 @@ class Recipe(_Section):
             }
             for section, names in _LATER.items()
         }
-        return self.model_dump_json(exclude=absent)
+        own: dict[str, Any] = {} if self.candidates else {"candidates": True}
+        own |= {} if any(one.format for one in self.overrides) else {"overrides": {"__all__": {"format"}}}
+        return self.model_dump_json(exclude=absent | own)
 
     def fingerprint(self, *sections: str) -> str:
         """A short hash of the named fields (of all, if none is named)."""
         data = self.model_dump(mode="json", include=set(sections) or None)
         return hashlib.sha256(yaml.safe_dump(data, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain data without aliases: a page of them can stand for more values than any memory holds."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"{self.peek_event().anchor!r} is an alias, which can't be used here")
-        return super().compose_node(parent, index)
-
-
-def parse_yaml(text: str, what: str) -> Any:
-    """The plain data in a text; a `SpinfoldError` says what is wrong with `what`."""
-    try:
-        return yaml.load(text, _Loader)
-    except (
-        yaml.YAMLError,
-        ValueError,
-        LookupError,
-        RecursionError,
-        AttributeError,
-    ) as error:  # of numbers, dates, depth
-        why = " ".join(str(error).split())[:300]
-        raise SpinfoldError(f"{what} is not YAML.", f"{type(error).__name__}: {why}", "Mend it.") from None
-
-
-def read_yaml(path: Path | Traversable) -> dict[str, Any]:
-    """The mapping in a YAML file of at most a MiB; `SpinfoldError` for a file that holds none."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-        if len(data) > _MAX_BYTES:
-            raise ValueError("It is larger than a MiB.")
-        text = data.decode("utf-8")
-    except (OSError, ValueError) as error:
-        raise SpinfoldError(f"{path} can't be read.", str(error), "Give a UTF-8 YAML file.") from None
-    if not isinstance(found := parse_yaml(text, str(path)), dict):
-        raise SpinfoldError(f"{path} is not a mapping.", "It holds no `key: value` lines.", "Mend the file.")
-    return found
 
 
 def _ratio(clip: float | str) -> float:

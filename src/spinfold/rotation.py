@@ -168,7 +168,7 @@ def rotate(
     seq_len = min(recipe.calibration.seq_len, longest_window(checkpoint))
     recipe = recipe.with_(calibration__seq_len=seq_len, calibration__samples=1)  # nothing is rounded by its Hessian
     plan.plan_run(checkpoint.config, recipe)
-    few = None if METHODS[method].needs_data else 5 * _CAST_TOKENS
+    few = None if METHODS[method].needs_data else _CAST_TOKENS
     subject = prepare(checkpoint, recipe, place, progress, held_out_tokens=_CAST_TOKENS, max_tokens=few)
     network = rotate_network(subject, recipe, progress).network
     if kinds[dtype] != torch.float32:

@@ -5,6 +5,7 @@ Needs Playwright and the system's Chromium (`make test-browser`); skipped withou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,10 +148,27 @@ def test_a_figure_tells_its_values(browser: Browser, pages: dict[str, Path]) -> 
         seen.page.locator(".hovertext").first.wait_for()
 
 
+def test_the_rounding_error_of_every_layer_and_linear_is_there(browser: Browser, pages: dict[str, Path]) -> None:
+    """As colours, of both roundings with one scale; a cell tells its layer, its linear and its error."""
+    cells = "plots => plots.map(plot => [plot._fullData[0].y, plot._fullData[0].z, plot._fullData[0].zmin])"
+    with visit(browser, pages["report"], width=390) as seen:
+        plots = seen.page.locator(".plot:has(.heatmaplayer image)")
+        (linears, nearest, low), (*_, other_low) = plots.evaluate_all(cells)
+        assert plots.count() == 2 and low == other_low
+        assert linears == ["q", "k", "v", "o", "gate", "up", "down"]
+        assert all(error < 0 for errors in nearest for error in errors)
+        plots.first.scroll_into_view_if_needed()
+        plots.first.locator(".nsewdrag").hover()
+        told = seen.page.locator(".hovertext").first
+        told.wait_for()
+        assert re.match(r"\w+, layer \d+: [-−][\d.]+ dB", told.text_content() or "")
+        assert seen.complaints == []
+
+
 def test_without_webgl_surfaces_are_seen_from_above(playwright: Playwright, pages: dict[str, Path]) -> None:
     with launched(playwright, "--disable-3d-apis") as flat, visit(flat, pages["report"]) as seen:
         assert seen.page.locator(SURFACES).count() == 0
-        assert seen.page.locator(".plot .heatmaplayer image").count() >= 2
+        assert seen.page.locator(".plot[data-pair] .heatmaplayer image").count() >= 2
         assert seen.complaints == []
 
 

@@ -265,7 +265,7 @@ def test_a_rotated_network_depends_on_what_is_declared(method: str, bits: str, m
 
     unused: Any = None
     ids_BT = zoo.random_tokens(0, 1, 64)
-    subject = Seen(network, unused, ids_BT[0], ids_BT, take_fingerprint(network, ids_BT), unused, unused)
+    subject = Seen(network, unused, ids_BT[0], "ids", ids_BT, take_fingerprint(network, ids_BT), unused, unused)
     declared = (*ROTATION_READS, "sites", *METHODS[method].reads)
     watched: Any = Watched(recipe, seen, declared)
     rotation.rotate_network(subject, watched, Quiet())

@@ -27,9 +27,10 @@ from spinfold.cli import main
 from spinfold.errors import CheckFailed, SpinfoldError
 from spinfold.export import check as checks
 from spinfold.export import shards
+from spinfold.export.choice import Facts, choose, facts_of
 from spinfold.export.compressed_tensors import read_integers
 from spinfold.export.contents import Contents
-from spinfold.export.targets import BOUNDS, TARGETS, Facts, choose, facts_of
+from spinfold.export.targets import BOUNDS, TARGETS
 from spinfold.fitting.end_to_end import FitLog
 from spinfold.formats import QuantizedWeight
 from spinfold.maps import BlockDiagonal, SiteMaps, random_orthogonal

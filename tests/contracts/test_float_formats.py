@@ -12,7 +12,7 @@ from test_plan import config
 import spinfold
 from spinfold.checkpoint import load_maps, load_run
 from spinfold.errors import SpinfoldError
-from spinfold.formats import FLOAT_FORMATS, FloatFormat
+from spinfold.formats import FLOAT_FORMATS, FloatFormat, IntFormat
 from spinfold.maps import Map
 from spinfold.plan import plan_run
 from spinfold.recipe import Recipe
@@ -23,6 +23,7 @@ BITS = {name: f"W{fmt.bits}A{fmt.bits}KV8" for name, fmt in FLOAT_FORMATS.items(
 @pytest.mark.parametrize("name", ["fp8", "mxfp4", "nvfp4", "amxfp4"])
 def test_a_run_is_what_it_was_when_it_is_loaded(name: str, model: Path, text: Path, tmp_path: Path) -> None:
     settings = {"format": name, "bits": BITS[name], "method": "block-hadamard", "compute": "fp32"}
+    settings |= {"kv__format": "fp8"} if name == "fp8" else {}
     settings |= {"rounding__method": "rtn" if name == "nvfp4" else "gptq", "weights__clip_search": False}
     run = tiny_run.quantize(model, tmp_path / "run", text, evaluate_on=str(text), **settings)
     measured = run.data["metrics"]["rows"][-1]["perplexity"]
@@ -31,6 +32,10 @@ def test_a_run_is_what_it_was_when_it_is_loaded(name: str, model: Path, text: Pa
     network = load_run(tmp_path / "run", torch.device("cpu"))
     formats = {op.format for op in network.layers[0].wire("down").ops if hasattr(op, "format")}
     assert [type(fmt) for fmt in formats] == [FloatFormat]
+    cached = network.layers[0].wire("key").ops[-1].format
+    assert isinstance(cached, FloatFormat if name == "fp8" else IntFormat)
+    assert all(x["error"] > 0 and x["nearest_error"] > 0 and x["expert"] is None for x in run.data["rounding"])
+    assert len({x["error"] for x in run.data["rounding"]}) == len(run.data["rounding"])
     assert all(fmt.outer in (None, "row") for fmt in formats)
     size = FLOAT_FORMATS[name].group_size or 32
     residual = load_maps(run.path).residual
@@ -49,7 +54,8 @@ def test_a_run_is_what_it_was_when_it_is_loaded(name: str, model: Path, text: Pa
     ({"format": "mxfp6", "bits": "W6A6", "floats__element": "e4m3"}, "e4m3 has 8"),
     ({"format": "nvfp4", "bits": "W4A4", "floats__scale": "ceil"}, "end of an FP8"),
     ({"format": "int", "floats__element": "e4m3"}, "floating-point"),
-    ({"format": "mxfp4", "bits": "W4A4", "rounding__method": "autoround"}, "integer grids"),
+    ({"kv__format": "mxfp4", "bits": "W4A4K4V2"}, "4 bits, not 2"),
+    ({"kv__format": "mxfp4", "bits": "W4A4K4V16", "kv__key_group": 32}, "along the tokens"),
 ])  # fmt: skip
 def test_what_a_format_can_not_be_is_refused_with_its_reason(changes: dict[str, object], why: str) -> None:
     recipe = Recipe().with_(method="quarot", calibration__seq_len=64)

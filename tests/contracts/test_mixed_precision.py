@@ -19,7 +19,17 @@ from spinfold.recipe import Recipe
 OVERRIDES = [{"match": "layers.*.down", "bits": 8, "group_size": 16}, {"match": "layers.0.*", "symmetric": False}]
 
 
-@pytest.mark.parametrize("change", [{"overrides": OVERRIDES}, {"budget": 4.75, "group_size": 32}], ids=str)
+FLOATS = [{"match": "layers.*.down", "format": "mxfp8"}, {"match": "layers.0.[qk]", "format": "int", "bits": 3}]
+
+
+@pytest.mark.parametrize("change", [
+    {"overrides": OVERRIDES},
+    {"overrides": FLOATS},
+    {"overrides": FLOATS, "format": "nvfp4"},
+    {"budget": 4.75, "group_size": 32},
+    {"budget": 5.0, "format": "mxfp4"},
+    {"budget": 5.5, "candidates": ("int", "nvfp4", "mxfp8"), "group_size": 32},
+], ids=str)  # fmt: skip
 def test_a_run_is_read_back_as_it_was(change: dict[str, Any], model: Path, text: Path, tmp_path: Path) -> None:
     settings = change | {"method": "none", "bits": "W4A16", "compute": "fp32", "weights__clip_search": False}
     run = quantize(model, tmp_path / "run", text, evaluate_on=str(text), **settings)
@@ -38,7 +48,7 @@ def test_a_run_is_read_back_as_it_was(change: dict[str, Any], model: Path, text:
         format = had.weight_format_of(f"layers.{linear.layer}.{linear.role}")
         assert format is not None
         assert max(len(row.unique()) for row in format.split(linear.weight_OI).flatten(0, 1)) <= 2**format.bits
-    with pytest.raises(SpinfoldError, match="one weight grid"):
+    with pytest.raises(SpinfoldError, match=r"one weight grid|every target has integers"):
         spinfold.export(run.path, "compressed-tensors", tmp_path / "out", device="cpu")
 
 
@@ -69,6 +79,11 @@ def test_a_run_with_a_budget_goes_on(place: tuple[str, int], model: Path, text: 
         ({"overrides": [{"match": "layers.*", "bits": 8}], "bits": "W16A4"}, "16 bits"),
         ({"budget": 4.25, "bits": "W16A4"}, "16 bits"),
         ({"budget": 2.25, "group_size": 8}, "2.25"),
+        ({"overrides": [{"match": "layers.*", "bits": 8}], "format": "mxfp4"}, "floating point of 4 bits"),
+        ({"overrides": [{"match": "layers.*", "format": "mxfp4", "group_size": 16}]}, "blocks by definition"),
+        ({"overrides": [{"match": "layers.*", "format": "fp8", "symmetric": True}]}, "symmetric, all"),
+        ({"candidates": ["mxfp4"]}, "there is none"),
+        ({"candidates": ["mxfp4", "mxfp6"], "budget": 4.0}, "4.25 bits"),
     ],
     ids=str,
 )

@@ -17,9 +17,13 @@ from tiny_run import TEXT, contents, quantize, recipe, tiny_model, tree
 import spinfold
 from spinfold.checkpoint import load_maps
 from spinfold.errors import SpinfoldError
+from spinfold.fitting.text import texts_of
 from spinfold.maps import Hadamard, Orthogonal, SiteMaps
+from spinfold.networks.sources import resolve
+from spinfold.progress import Quiet
 from spinfold.recipe import Bits, Recipe
 from spinfold.rotation import prove_orthogonal
+from spinfold.subject import EVAL_TOKENS, prepare
 
 BITS = ("W4A16", "W4A4KV4", "W16A4KV4")
 FILES = {"recipe.yaml", "run.json", "maps.json", "maps.safetensors", "clips.json", "report.html", "log.txt", "model"}
@@ -145,6 +149,24 @@ def test_a_foreign_tokenizer_is_refused(foreign: Path, text: Path, tmp_path: Pat
     refused(lambda: spinfold.verify(foreign, foreign, text=str(text)), match="tokenizer does not belong")
     refused(lambda: spinfold.rotate(str(foreign), out, recipe=recipe(text)), match="tokenizer does not belong")
     assert not out.exists()
+
+
+def test_what_is_held_out_does_not_depend_on_the_recipe(model: Path, tmp_path: Path) -> None:
+    """However much a fit reads, the original is measured on the same text: the one that `evaluate` takes too."""
+    text = tmp_path / "numbers.txt"
+    text.write_text(" ".join(f"the {i} in {i * i}" for i in range(4000)), "utf-8")
+    small = {"calibration__source": str(text), "calibration__seq_len": 32, "calibration__samples": 2}
+    subjects = [
+        prepare(resolve(str(model)), Recipe().with_(**small), torch.device("cpu"), Quiet(), max_tokens=most)
+        for most in (64, 2000, None)
+    ]
+    assert {subject.held_out for subject in subjects} == {"last fifth of numbers"}
+    assert len({len(subject.calibration_T) for subject in subjects}) == 3
+    assert all(torch.equal(subject.held_out_NT, subjects[0].held_out_NT) for subject in subjects)
+    held_out = text.with_name("held-out.txt")
+    held_out.write_text(texts_of(str(text))[1].text, "utf-8")
+    measured = spinfold.evaluate(model, text=str(held_out), seq_len=32, max_tokens=EVAL_TOKENS["cpu"], device="cpu")
+    assert measured["perplexity"] == pytest.approx(subjects[0].quality.perplexity, rel=1e-6)
 
 
 @pytest.mark.parametrize("length", [3, 50, 150])

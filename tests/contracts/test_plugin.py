@@ -11,7 +11,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
-from spinfold.checkpoint import load_run, save_clips, save_maps, save_model
+from spinfold.checkpoint import load_maps, load_run, save_clips, save_maps, save_model
 from spinfold.errors import SpinfoldError
 from spinfold.export.cache import QuantizedCache, QuantizedLayer, decode_rows, encode_rows
 from spinfold.export.contents import Contents
 from spinfold.export.packed import PackedWeight, packed_tensors
-from spinfold.export.quantizer import SpinfoldConfig
+from spinfold.export.quantizer import SpinfoldConfig, digest
 from spinfold.export.transformers import write
 from spinfold.folding import fold, fold_norms
-from spinfold.formats import IntFormat, QuantizedWeight, fake_quantize, fit_grid
-from spinfold.maps import Hadamard, SiteMaps
+from spinfold.formats import FLOAT_FORMATS, IntFormat, QuantizedWeight, fake_quantize, fit_grid
+from spinfold.maps import Hadamard, SiteMaps, as_held, random_orthogonal
 from spinfold.networks import Network
 from spinfold.networks.sources import resolve
 from spinfold.recipe import Recipe
@@ -73,6 +73,8 @@ CASES = [
     Case("gemma3", "W4A4KV4", {"weights__scale_dtype": "bfloat16"}),
     Case("olmo2", "W4A4"),
     Case("mixtral", "W4A4KV4"),
+    Case("qwen3", "W4A8KV4", {"kv__format": "amxfp4"}, clips={"0.key": 0.9}),
+    Case("mistral", "W4A8K4V16", {"kv__format": "nvfp4", "kv__sink": 2}),
     Case("smollm", "W4A4K4V2", {"kv__key_group": 8, "kv__value_group": 4, "kv__sink": 2, "kv__residual": 5}),
     Case("gemma3", "W4A8K3V4", {"kv__key_group": 6, "kv__before_rope": True}, clips={"1.key": 0.9, "0.value": 0.8}),
     Case("qwen3_moe_mixed", "W3A4KV4", {"weights__symmetric": False, "group_size": 16}),
@@ -233,6 +235,81 @@ def test_on_a_gpu(case: Case, of_case: Any) -> None:
     assert relative(torch.cat([output.logits, rest.logits], 1).cpu(), expected) <= 2e-2
 
 
+def make_dense_run(path: Path) -> Path:
+    """A run whose layers share one learned map before `down`, as `online_dtype` holds it."""
+    run = make_run(path, Case("llama_tied", "W4A16", {"online_dtype": "bfloat16"}))
+    maps = load_maps(run)
+    assert maps.down is not None
+    one = random_orthogonal(maps.down[0].size, 0)
+    network = Network(BUILD["llama_tied"](), name="llama_tied")
+    network.untie()
+    fold_norms(network)
+    maps = replace(maps, down=tuple(as_held(one, torch.bfloat16) for _ in maps.down))
+    fold(network, maps)
+    recipe = Recipe.parse(json.loads((run / "run.json").read_text())["recipe"])
+    save_maps(run, maps)
+    save_model(run / "model", network, [one for layer in round_network(network, recipe) for one in layer])
+    zoo.write_tiny_tokenizer(run / "model")
+    return run
+
+
+@torch.no_grad()
+def test_a_map_of_all_layers_is_stored_once_and_held_once(tmp_path: Path) -> None:
+    run = make_dense_run(tmp_path / "run")
+    out = export(run, tmp_path / "out")
+    stored = load_file(out / "model.safetensors")
+    dense = {name: value for name, value in stored.items() if name.startswith("spinfold.") and "down" in name}
+    assert {name: tuple(value.shape) for name, value in dense.items()} == {"spinfold.0.down.0.block.M": (160, 160)}
+    wires = json.loads((out / "config.json").read_text())["quantization_config"]["wires"]
+    assert [wires[f"{i}.down"][0] for i in (1, 2)] == [{"same": "0.down.0"}] * 2
+    model = load(out)
+    assert relative(model(IDS).logits, load_run(run, CPU)(IDS)) <= 1e-6
+
+    def held(model: Any) -> set[int]:
+        maps = [layer.wires["down"].ops[0].map for layer in model.base_model.layers]
+        return {tensor.data_ptr() for one in maps for tensor in one.tensors().values()}
+
+    assert len(held(model)) == 1
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert (tmp_path / "again" / "model.safetensors").stat().st_size <= 1.1 * (out / "model.safetensors").stat().st_size
+    assert len(held(model.to(torch.float64))) == 1
+
+
+def test_a_folder_that_has_every_map_everywhere_is_still_read(of_case: Any, tmp_path: Path) -> None:
+    """Version 1: the same tensors at each place."""
+    run = make_dense_run(tmp_path / "run")
+    out = export(run, tmp_path / "out")
+    tensors, config = load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
+    quantization = config["quantization_config"]
+    for place, ops in quantization["wires"].items():
+        for number, entry in enumerate(ops):
+            if origin := entry.pop("same", None):
+                wire, first = origin.rsplit(".", 1)
+                ops[number] = dict(quantization["wires"][wire][int(first)])
+                own = [key for key in tensors if key.startswith(f"spinfold.{origin}.")]
+                copies = {key.replace(origin, f"{place}.{number}", 1): tensors[key].clone() for key in own}
+                tensors |= copies
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    ours = SpinfoldConfig(quantization["recipe"], quantization["wires"], version=1)
+    quantization |= {"version": 1, "checksum": ours.checksum_over({k: digest(v) for k, v in tensors.items()})}
+    write_json(out / "config.json", config)
+    assert relative(load(out)(IDS).logits, load_run(run, CPU)(IDS)) <= 1e-6
+
+
+def test_a_reference_to_no_map(folder: Path) -> None:
+    def refer(quantization: dict[str, Any]) -> None:
+        quantization["wires"]["1.down"][0] = {"same": "7.down.0"}
+        digests = {name: digest(value) for name, value in load_file(folder / "model.safetensors").items()}
+        ours = SpinfoldConfig(quantization["recipe"], quantization["wires"])
+        quantization["checksum"] = ours.checksum_over(digests)
+
+    spoil_config(folder, refer)
+    with pytest.raises(SpinfoldError, match="description of its wires can't be read"):
+        load(folder)
+
+
 @torch.no_grad()
 def test_in_bfloat16_the_grids_stay(of_case: Any) -> None:
     out = of_case(CASES[0])[1]
@@ -265,7 +342,7 @@ def test_packed_weights_are_the_weights(bits: int, symmetric: bool) -> None:
     w_OI = torch.randn(6, 5, 42, generator=torch.Generator().manual_seed(bits)).flatten(0, 1)
     format = IntFormat(bits, symmetric, group_size=14)
     grid = fit_grid(w_OI, format)
-    weight = QuantizedWeight(grid.quantize(w_OI), grid.scale_OG, grid.zero_OG, format)
+    weight = QuantizedWeight(grid.quantize(w_OI), grid.scale_OG, grid.second_OG, format)
     packed = PackedWeight((6, 5, 42), format, torch.float32, torch.float32)
     packed.load_state_dict(packed_tensors(weight, (6, 5, 42)), assign=True)
     assert torch.equal(torch.stack(list(packed)).flatten(0, 1), weight.dequantize())
@@ -285,6 +362,25 @@ def test_cached_rows_are_fake_quantization(bits: int, symmetric: bool, dtype: to
     assert decoded.dtype == dtype
     assert torch.equal(decoded.nan_to_num(9), expected.nan_to_num(9))
     assert decoded[0, 0, 1:3].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", FLOAT_FORMATS)
+def test_cached_rows_of_blocks_are_fake_quantization(name: str, dtype: torch.dtype) -> None:
+    x = 10 * torch.randn(2, 3, 7, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, 0, 0], x[0, 0, 1, 3], x[0, 0, 2, 5], x[0, 1] = 0, torch.nan, torch.inf, x[0, 1].abs()
+    x[0, 2], x[1, 0] = -x[0, 2].abs(), 1e-38 * x[1, 0]
+    format = replace(FLOAT_FORMATS[name], clip=0.9)
+    format = replace(format, outer=format.outer and "row")
+    rows, expected = encode_rows(x, format), fake_quantize(x, format)
+    if dtype != torch.float64:
+        assert 8 * rows.shape[-1] == 64 * format.bits_per_number(64)
+    assert encode_rows(x[:, :, :0], format).shape == (2, 3, 0, rows.shape[-1])
+    decoded = decode_rows(rows, format, 64, dtype)
+    assert decoded.dtype == dtype
+    assert torch.equal(decoded.nan_to_num(9), expected.nan_to_num(9))
+    assert torch.equal(decoded.signbit() & (decoded == 0), expected.signbit() & (expected == 0))
+    assert decoded[0, 0, 1, 3].isnan() and decoded[0, 0, 2, 5].isnan()
 
 
 @pytest.fixture(scope="module")
@@ -403,7 +499,7 @@ def test_a_truncated_shard(keep: float, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda q: q.update(version=2), "newer spinfold"),
+        (lambda q: q.update(version=3), "newer spinfold"),
         (lambda q: q["recipe"].update(schema_version=2), "newer spinfold"),
         (lambda q: q["recipe"].update(flavour=1), "flavour"),
         (lambda q: q.update(flavour=1), "flavour"),

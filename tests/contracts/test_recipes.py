@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinfold.errors import SpinfoldError
@@ -69,6 +69,7 @@ def test_presets_hold_the_published_settings() -> None:
 
 
 @given(RECIPES)
+@settings(deadline=None)
 def test_a_written_recipe_is_the_same_recipe(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> None:
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     path.write_text(recipe.to_yaml(), "utf-8")

@@ -37,7 +37,7 @@ RUN: dict[str, Any] = {
     "model": {"name": "Tiny-1M", "family": "llama", "parameters": 1_000_000, "fingerprint": "abc", "bytes": 2_000_000},
     "recipe": Recipe().model_dump(mode="json"),
     "device": {"name": "a CPU", "torch": "2.13"},
-    "text": {"calibration": "sotu", "evaluation": "sotu"},
+    "text": {"calibration": "sotu", "evaluation": "last fifth of sotu", "evaluation_tokens": 4088, "seq_len": 512},
     "stages": [
         {"name": "fit rotations", "seconds": 71.25, "peak_bytes": 1_500_000_000},
         {"name": "round", "seconds": 3, "peak_bytes": 2_000_000_000},
@@ -189,6 +189,7 @@ def test_the_first_screen_says_what_to_what_and_how_well(page: Page) -> None:
         "500 kB",
         "3e-07 ≤ 1e-05",
         "0.5 is not ≤ 0.01",
+        "Measured on: last fifth of sotu, 4,088 predicted tokens in windows of 512.",
         "evaluate('run', text=",
         "spinfold evaluate run --text",
         "method: spinfold",
@@ -216,7 +217,7 @@ def test_a_proof_holds_by_its_numbers(proof: dict[str, Any], held: bool) -> None
 def test_every_figure_is_valid_and_colours_follow_the_page(page: Page) -> None:
     style = build_report({}).split("<style>")[1].split("</style>")[0]
     variables = set(re.findall(r"(--[a-z]+):", style))
-    assert len(page.figures) == sum(attrs.get("class") == "plot" for _, attrs in page.tags) == 4 + 12 + 2 + 2 + 2
+    assert len(page.figures) == sum(attrs.get("class") == "plot" for _, attrs in page.tags) == 4 + 12 + 2 + 2 + 2 + 2
     for figure in page.figures:
         go.Figure(figure)  # raises on a property that Plotly does not know
         assert set(re.findall(r"var\((--[a-z]+)\)", json.dumps(figure))) <= variables
@@ -238,13 +239,35 @@ def test_statistics_arrive(page: Page) -> None:
             np.testing.assert_allclose(trace["y"], source.kurtosis_LW[:, i], rtol=1e-3)
 
 
+def heat_maps(page: Page) -> list[dict[str, list[float | None]]]:
+    """Of each: the errors over layers, by linear."""
+    traces = [figure["data"][0] for figure in page.figures if figure["data"][0]["type"] == "heatmap"]
+    return [dict(zip(trace["y"], trace["z"], strict=True)) for trace in traces]
+
+
+def test_rounding_error_of_each_layer_and_linear_by_both_roundings(page: Page) -> None:
+    nearest = {role: [-15.0] * 3 for role in ("q", "k", "down")}
+    assert heat_maps(page) == [nearest, {"q": [-20.0] * 3, "k": [-20.0] * 3, "down": [-30.0] * 3}]
+    spans = {(f["data"][0]["zmin"], f["data"][0]["zmax"]) for f in page.figures if f["data"][0]["type"] == "heatmap"}
+    assert len(spans) == 1, "what is compared shares its colours"
+
+
+def test_rounding_to_nearest_has_one_heat_map_and_gaps_where_nothing_was_measured() -> None:
+    run = copy.deepcopy(RUN) | {"recipe": Recipe().with_(rounding__method="rtn").model_dump(mode="json")}
+    for entry in run["rounding"]:
+        entry["error"] = entry["nearest_error"] = None if entry["layer"] == 1 else 0.1 * (entry["layer"] == 0)
+    shown = Page(build_report(run))
+    assert heat_maps(shown) == [{role: [-10.0, None, None] for role in ("q", "k", "down")}]
+    assert "better than nearest" not in shown.text
+
+
 def test_rounding_in_decibels_with_nearest_beside_it(page: Page) -> None:
     panels = [f for f in page.figures if f["layout"].get("yaxis", {}).get("title", {}).get("text") == "error, dB"]
     assert [[trace["name"] for trace in panel["data"]] for panel in panels] == [["nearest", "GPTQ"]] * 2
     assert panels[0]["data"][0]["y"] == [-15.0] * 3
     assert [panel["data"][1]["y"] for panel in panels] == [[-20.0] * 3, [-30.0] * 3]
     assert "8.3 dB better than nearest" in page.text
-    assert {"q, k", "down"} <= set(page.lines), "linears that were rounded as one share a panel"
+    assert {"q, k", "down"} <= set(page.lines), "linears with the same errors share a panel"
 
 
 def test_the_error_of_experts_is_their_mean() -> None:
@@ -261,11 +284,11 @@ def test_the_error_of_experts_is_their_mean() -> None:
 @pytest.mark.parametrize(
     ("rounding", "name", "words"),
     [
-        ({"method": "gptq"}, "GPTQ", "Squared error of the output"),
-        ({"method": "ldlq", "absorb": 1e-4}, "OSAQ, LDLQ", "Squared error of the output"),
-        ({"method": "rtn", "absorb": 1e-4}, "OSAQ, nearest", "Squared error of the output"),
-        ({"method": "gptaq"}, "GPTAQ", "what GPTAQ aims at"),
-        ({"method": "autoround"}, "AUTOROUND", "a whole layer's output"),
+        ({"method": "gptq"}, "GPTQ", "Squared error of a linear's output"),
+        ({"method": "ldlq", "absorb": 1e-4}, "OSAQ, LDLQ", "Squared error of a linear's output"),
+        ({"method": "rtn", "absorb": 1e-4}, "OSAQ, nearest", "Squared error of a linear's output"),
+        ({"method": "gptaq"}, "GPTAQ", "from what it aims at"),
+        ({"method": "autoround"}, "AUTOROUND", "Squared error of a linear's output"),
     ],
 )
 def test_the_caption_says_what_the_error_is_of(rounding: dict[str, Any], name: str, words: str) -> None:

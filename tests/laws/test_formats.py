@@ -58,7 +58,7 @@ def test_the_integers_are_those_of_the_formulas():
     assert symmetric.quantize(torch.tensor([[-3.5, 7.0, 0.5, 1.5, 2.5]])).tolist() == [[-4, 7, 0, 2, 2]]  # ties to even
     assert symmetric.quantize(torch.tensor([[-100.0, 100.0, -8.4, 0.0, -0.0]])).tolist() == [[-8, 7, -8, 0, 0]]
     asymmetric = fit_grid(torch.tensor([[-5.0, 10.0, 0.0]]), IntFormat(4, False))
-    assert (asymmetric.scale_OG.item(), asymmetric.zero_OG.item()) == (1.0, 5)
+    assert (asymmetric.scale_OG.item(), asymmetric.second_OG.item()) == (1.0, 5)
     assert asymmetric.quantize(torch.tensor([[-5.0, 10.0, 2.5]])).tolist() == [[0, 15, 7]]
 
 
@@ -126,7 +126,7 @@ def test_a_stored_weight_comes_back_bit_for_bit(fmt, scale_dtype):
     w_OI = weights((6, 40))
     fmt = grouped(fmt, 8)
     grid = fit_grid(w_OI, fmt, search=ClipSearch(steps=8), scale_dtype=scale_dtype)
-    stored = QuantizedWeight(grid.quantize(w_OI), grid.scale_OG, grid.zero_OG, fmt)
+    stored = QuantizedWeight(grid.quantize(w_OI), grid.scale_OG, grid.second_OG, fmt)
     assert stored.scale_OG.dtype == scale_dtype
     again = QuantizedWeight.from_tensors({k: v.clone() for k, v in stored.tensors().items()}, fmt)
     assert torch.equal(again.dequantize(), stored.dequantize())

@@ -51,8 +51,8 @@ def test_blocks_are_our_integers_bit_for_bit(fmt: IntFormat) -> None:
     group = fmt.group_of(COLUMNS)
     d_OI = weight.scale_OG.half().float().repeat_interleave(group, dim=1)
     expected_OI = d_OI * weight.q_OI
-    if weight.zero_OG is not None:
-        expected_OI += (-d_OI * weight.zero_OG.repeat_interleave(group, dim=1)).half().float()
+    if weight.second_OG is not None:
+        expected_OI += (-d_OI * weight.second_OG.repeat_interleave(group, dim=1)).half().float()
     blocks_OP = pack(weight, kind)
     assert torch.equal(read(blocks_OP, kind), expected_OI)
     q_OI = unpack(torch.from_numpy(blocks_OP), kind)
@@ -63,10 +63,10 @@ def test_blocks_are_our_integers_bit_for_bit(fmt: IntFormat) -> None:
 def test_scales_that_were_fp16_stay_what_they_were(fmt: IntFormat) -> None:
     weight, kind = random_weight(fmt, seed=1, scale_dtype=torch.float16), block_kind(fmt)
     error_OI = (read(pack(weight, kind), kind) - weight.dequantize()).abs()
-    if weight.zero_OG is None:
+    if weight.second_OG is None:
         assert not error_OI.any()
     else:  # half a unit in the last of 11 bits of m
-        m_OG = weight.scale_OG.float() * weight.zero_OG
+        m_OG = weight.scale_OG.float() * weight.second_OG
         bound_OI = (m_OG * 2**-11 * (1 + 1e-3)).repeat_interleave(fmt.group_of(COLUMNS), dim=1) + 1e-7
         assert bool((error_OI <= bound_OI).all()) and bool(error_OI.any())
 

@@ -20,7 +20,8 @@ from spinfold.errors import SpinfoldError
 from spinfold.export.cache import HeldLayer, quantize_cache
 from spinfold.fitting.clipping import CLIP_RATIOS, search_clips
 from spinfold.folding import fold
-from spinfold.formats import CacheFormat, IntFormat, fake_quantize
+from spinfold.formats import CacheFormat, Format, IntFormat, fake_quantize
+from spinfold.formats.cache import tokens_of
 from spinfold.maps import Hadamard, SiteMaps
 from spinfold.networks import Attended, Network
 from spinfold.recipe import Recipe
@@ -37,12 +38,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "symmetric": {"symmetric": True, "residual": 1},
     "kivi": {"key_group": 8, "residual": 8},
     "kvquant": {"key_group": 5, "before_rope": True, "sink": 1},
+    "amxfp4": {"format": "amxfp4", "sink": 2, "residual": 5},
+    "nvfp4": {"format": "nvfp4", "before_rope": True, "residual": 3, "clip": 0.9},
     "all": {"key_group": 4, "value_group": 2, "before_rope": True, "sink": 2, "residual": 5, "clip": 0.9},
 }
 
 
 def recipe_of(options: dict[str, Any], bits: str = "W16A16K4V2") -> Recipe:
     return Recipe.parse({"bits": bits, "kv": options})
+
+
+def bits_of(name: str) -> str:
+    return "KV4" if "format" in OPTIONS[name] else "K4V2"
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -72,20 +79,20 @@ def attend_by_definition(
 ) -> Tensor:
     """What each query gets, one query and one token at a time."""
 
-    def seen(name: str, grid: IntFormat | None, count: int) -> Tensor:
+    def seen(name: str, grid: Format | None, count: int) -> Tensor:
         whole = x[name][:, :, :count]
         first, end = format.span(count)
         out = whole.clone()
         for start in range(first, end, format.group):
-            for part in range(start, start + format.group, (grid.group_size if grid else None) or 1):
-                size = (grid.group_size if grid else None) or 1
+            size = (tokens_of(grid) if grid else None) or 1
+            for part in range(start, start + format.group, size):
                 block = whole[:, :, part : part + size]
                 if grid is None:
                     continue
                 turned = name == "key" and format.before_rope
                 if turned:
                     block = rope.turn_back(block, positions_BT[:, part : part + size])
-                block = fake_quantize(block.mT, grid).mT if grid.group_size else fake_quantize(block, grid)
+                block = fake_quantize(block.mT, grid).mT if tokens_of(grid) else fake_quantize(block, grid)
                 if turned:
                     block = rope.turn(block, positions_BT[:, part : part + size])
                 out[:, :, part : part + size] = block
@@ -100,13 +107,16 @@ def attend_by_definition(
 
 
 @pytest.mark.parametrize("window", [None, 6], ids=["causal", "sliding"])
-@pytest.mark.parametrize(("name", "bits"), [*((name, "K4V2") for name in OPTIONS), ("all", "K16V3"), ("all", "K4V16")])
+@pytest.mark.parametrize(
+    ("name", "bits"), [*((name, bits_of(name)) for name in OPTIONS), ("all", "K16V3"), ("all", "K4V16")]
+)
 def test_one_pass_sees_what_each_query_would(name: str, bits: str, window: int | None) -> None:
     format = recipe_of(OPTIONS[name], f"W16A16{bits}").kv_format
     assert format is not None
-    rope, num_tokens, generator = Network(BUILD["llama"]()).layers[0].rope, 23, torch.Generator().manual_seed(0)
+    layer = Network(BUILD["qwen3" if "format" in OPTIONS[name] else "llama"]()).layers[0]
+    rope, num_tokens, generator = layer.rope, 23, torch.Generator().manual_seed(0)
     rope.positions_BT = torch.arange(num_tokens)[None] + 2
-    shape = 2, 3, num_tokens, 24
+    shape = 2, 3, num_tokens, layer.head_dim
     x = {k: torch.randn(shape, generator=generator, dtype=torch.float64) for k in ("query", "key", "value")}
     mask = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
     mask = mask if window is None else mask.triu(1 - window)
@@ -157,7 +167,9 @@ def network_of(family: str, options: dict[str, Any], bits: str = "W16A16K4V2") -
     return network
 
 
-CELLS = [("llama", name, "W16A16K4V2") for name in OPTIONS] + [("gemma2", "kivi", "W16A16K4V2")]
+CELLS = [("llama", name, "W16A16K4V2") for name, options in OPTIONS.items() if "format" not in options]
+CELLS += [(family, name, "W16A16KV4") for family in ("qwen3", "mistral", "gemma3") for name in ("amxfp4", "nvfp4")]
+CELLS += [("qwen3", "nvfp4", "W16A16K16V4"), ("gemma2", "kivi", "W16A16K4V2")]
 CELLS += [(family, "all", "W16A16K4V2") for family in ("mistral", "qwen3", "phi3", "gemma2", "gemma3", "mixtral")]
 CELLS += [("olmo2", "all", "W16A16K3V16"), ("olmo2", "all", "W16A16K16V2")]
 
@@ -176,6 +188,27 @@ def test_the_real_cache_is_fake_quantization(family: str, name: str, bits: str) 
         assert relative(logits, expected) <= 1e-9
         assert all(isinstance(layer, HeldLayer) for layer in cache.layers)
         assert cache.get_seq_length() == length
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "amxfp4"])
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+@torch.no_grad()
+def test_a_cache_of_blocks_is_fake_quantization(family: str, name: str) -> None:
+    """Every token at once, as plain layers of the cache hold it."""
+    network = network_of(family, {"format": name}, "W16A16KV4")
+    formats = [op.format for wire in ("key", "value") for op in network.layers[0].wire(wire).ops[-1:]]
+    assert [(one.element, one.outer) for one in formats] == [("e2m1", "row" if name == "nvfp4" else None)] * 2
+    expected = network(IDS)
+    quantize_cache(network.model.base_model)
+    for sizes in ([2, 9, *[1] * 10, IDS.shape[1] - 21], [IDS.shape[1]]):
+        logits, cache = cached_logits(network.model, IDS, sizes)
+        assert relative(logits, expected) <= 1e-9
+    row = {"mxfp4": 16 + 1, "nvfp4": 16 + 2 + 8, "amxfp4": 16 + 2}[
+        name
+    ]  # of heads of 32; NVFP4's own scale is fp64 here
+    assert (
+        {layer.keys.shape[-1] for layer in cache.layers} == {layer.values.shape[-1] for layer in cache.layers} == {row}
+    )
 
 
 @torch.no_grad()

@@ -82,6 +82,11 @@ def test_captured_rows_are_what_flowed(family: str) -> None:
         torch.testing.assert_close(everything[1, name], x.flatten(0, -2))
         torch.testing.assert_close(some[1, name], x[chosen].flatten(0, -2))
     assert pooled(some, "qkv_input", "mlp_input").shape == (2 * 17 * len(network.layers), 96)
+    norms = "qkv_input", "mlp_input"
+    together = capture(network, ids_WT, [norms], 17, seed=3, compute="fp32")
+    whole = pooled(together, *norms)
+    assert torch.equal(whole, pooled(some, *norms))
+    assert all(rows.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() for rows in together.values())
     assert not network.layers[0].wire("down")._forward_hooks
 
 
@@ -350,6 +355,19 @@ def test_an_objective_of_another_method_is_refused() -> None:
     assert choose("b", {"a": 1, "b": 2}, "kurtail") == 2
     with pytest.raises(SpinfoldError, match="kurtail"):
         choose("literal", {"a": 1}, "kurtail")
+
+
+@pytest.mark.parametrize("power", [0, 1, 2])
+def test_fourth_powers_have_autograds_gradient(power: int) -> None:
+    y = torch.randn(5, 3, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    objective = {0: fourth_power, 1: normalised_fourth_power, 2: kurtosis}[power]
+    plain = (32 if power == 2 else 1) * (y**4).sum(-1) / (y**2).sum(-1) ** power
+    weights = torch.linspace(-1, 1, 15).view(5, 3)
+    found, expected = (torch.autograd.grad((value * weights).sum(), y)[0] for value in (objective(y), plain))
+    torch.testing.assert_close(objective(y), plain)
+    torch.testing.assert_close(found, expected)
+    zeros = torch.zeros(2, 32, requires_grad=True)
+    assert torch.equal(torch.autograd.grad(objective(zeros).sum(), zeros)[0], torch.zeros(2, 32))
 
 
 @pytest.mark.parametrize("objective", [fourth_power, kurtosis, partial(rounding_error, format=IntFormat(4, False))])

@@ -15,7 +15,7 @@ from zoo import write_tiny_tokenizer
 
 import spinfold.fitting.text as text_module
 from spinfold.errors import SpinfoldError
-from spinfold.fitting.text import load_text, tokenize, windows
+from spinfold.fitting.text import load_text, texts_of, tokenize, windows
 
 PROSE = "the inner café\nthe other one, in their thin air\n\n" * 40
 
@@ -33,6 +33,27 @@ def refused(source: str | Path) -> SpinfoldError:
     assert error.why
     assert error.fix
     return error
+
+
+# ---- what is held out
+
+
+@given(length=st.integers(1, 300))
+@settings(max_examples=50, deadline=None)
+def test_the_last_fifth_is_held_out_and_nothing_is_lost(length: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "speech.txt"
+    path.write_text((PROSE * 2)[:length], "utf-8")
+    seen, held_out = texts_of(str(path))
+    assert seen.text + held_out.text == load_text(path).text
+    assert len(held_out.text) == length // 5
+    assert (seen.name, held_out.name) == ("speech", "last fifth of speech")
+
+
+def test_a_text_of_its_own_leaves_calibration_the_whole_text(tmp_path: Path) -> None:
+    paths = tmp_path / "a.txt", tmp_path / "b.txt"
+    for path in paths:
+        path.write_text(PROSE + path.stem, "utf-8")
+    assert texts_of(str(paths[0]), str(paths[1])) == (load_text(paths[0]), load_text(paths[1]))
 
 
 # ---- windows

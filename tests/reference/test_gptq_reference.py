@@ -29,12 +29,12 @@ def optimal_brain_quantization(
     fmt = grid.format
     size = fmt.group_size or w_OI.shape[1]
     scale_OG = grid.scale_OG.double().clone()
-    zero_OG = torch.zeros_like(scale_OG) if grid.zero_OG is None else grid.zero_OG.double().clone()
+    zero_OG = torch.zeros_like(scale_OG) if grid.second_OG is None else grid.second_OG.double().clone()
     for i in order:
         if refit and i % size == 0:
             now = fit_grid(w_OI[:, i : i + size], IntFormat(fmt.bits, fmt.symmetric))
             scale_OG[:, i // size] = now.scale_OG[:, 0]
-            zero_OG[:, i // size] = 0 if now.zero_OG is None else now.zero_OG[:, 0]
+            zero_OG[:, i // size] = 0 if now.second_OG is None else now.second_OG[:, 0]
         for o in range(len(w_OI)):
             scale, zero = scale_OG[o, i // size].item(), zero_OG[o, i // size].item()
             q_OI[o, i], rounded = to_grid(w_OI[o, i].item(), scale, zero, fmt)

@@ -167,6 +167,7 @@ def measure_outliers(
     *,
     surfaces: int = 2,
     at: Iterable[tuple[int, str]] | None = None,
+    compute: str = "fp32",
 ) -> Outliers:
     """Statistics of what stands on each wire, ops on the wire included, over all windows `(B, T)`, one at a time.
 
@@ -188,7 +189,7 @@ def measure_outliers(
         for wire in MEASURED_WIRES
     ]
     try:
-        for _ in hidden_in_batches(network, ids_BT, "fp32", ids_BT.shape[1]):
+        for _ in hidden_in_batches(network, ids_BT, compute, ids_BT.shape[1]):
             pass
     finally:
         for handle in handles:

@@ -28,7 +28,7 @@ from spinfold.progress import Progress, Quiet
 __all__ = ["Quality", "Reference", "measure_quality"]
 
 _TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 2048}
-_TOKENS_PER_CHUNK = 2048
+_TOKENS_PER_CHUNK = {"cuda": 2048, "cpu": 256}
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,14 @@ def _sums(
     hidden_PD = hidden_BTD[:, :-1].flatten(0, 1)
     original_PD = None if original_BTD is None else original_BTD[:, :-1].flatten(0, 1)
     sums = torch.zeros(3, dtype=torch.float64, device=hidden_BTD.device)
-    for i in range(0, len(targets_P), _TOKENS_PER_CHUNK):
-        part = slice(i, i + _TOKENS_PER_CHUNK)
+    chunk = _TOKENS_PER_CHUNK.get(hidden_BTD.device.type, 256)
+    for i in range(0, len(targets_P), chunk):
+        part = slice(i, i + chunk)
         logp_PV = network.logits(hidden_PD[part]).float().log_softmax(-1)
         sums[0] += F.nll_loss(logp_PV, targets_P[part], reduction="sum").double()
         if original is not None and original_PD is not None:
             logq_PV = network.finish(original(original_PD[part])).float().log_softmax(-1)
             sums[1] += F.kl_div(logp_PV, logq_PV, reduction="sum", log_target=True).double()
-            sums[2] += (logp_PV.argmax(-1) == logq_PV.argmax(-1)).sum()
+            most_likely_P1 = logp_PV.argmax(-1, keepdim=True)
+            sums[2] += (logq_PV.gather(1, most_likely_P1) == logq_PV.amax(-1, keepdim=True)).sum()
     return sums

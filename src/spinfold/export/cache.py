@@ -1,8 +1,13 @@
-"""A KV cache that is held as integers: each token of each head one row of bytes.
+"""A KV cache that is held as codes: each token of each head one row of bytes.
 
-    row = integers, b bits each, packed densely | scale, 4 bytes | zero point, 1 byte if the grid is asymmetric
+    row = codes, b bits each, packed densely | scales | second numbers
+          integers    a scale of 4 bytes, and a zero point of 1 byte if the grid is asymmetric
+          MX          a byte per block
+          AMXFP4      two bytes per block, for the numbers of either sign
+          NVFP4       a byte per block, and the scale of the scales, 4 bytes
 
-A head of 64 numbers takes 37 bytes at 4 bits, where bfloat16 takes 128. A row is dynamic fake quantization cut in two,
+A head of 64 numbers takes 37 bytes in integers of 4 bits, 34 in MXFP4, where bfloat16 takes 128. A row is dynamic fake
+quantization cut in two,
 
     fake_quantize(x) = decode_rows(encode_rows(x))        bit for bit
 
@@ -21,6 +26,7 @@ Shapes: B batch, H heads, T tokens, S tokens held, N head size, R bytes of a row
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Final, cast
 
 import torch
@@ -29,10 +35,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from spinfold.errors import SpinfoldError
-from spinfold.export.packing import pack, unpack
-from spinfold.formats import IntFormat
+from spinfold.export.packing import as_codes, as_unsigned, pack, unpack
+from spinfold.formats import FloatFormat, Format
 from spinfold.formats.base import compute_dtype, extent
-from spinfold.formats.integer import from_integers, nearest_integers, scale_and_zero
+from spinfold.formats.cache import tokens_of
 from spinfold.runtime import Quantize, QuantizeCache
 
 __all__ = [
@@ -46,43 +52,67 @@ __all__ = [
 ]
 
 
-def encode_rows(x: Tensor, format: IntFormat) -> Tensor:
-    """Each row of `x (..., N)` as bytes `(..., R)`, uint8. NaN or infinity makes its whole row NaN."""
+def encode_rows(x: Tensor, format: Format) -> Tensor:
+    """Each row of `x (..., N)` as bytes `(..., R)`, uint8. NaN or infinity makes NaN of all that shares a scale."""
     x = x.to(compute_dtype(x))
-    scale, zero = scale_and_zero(*extent(x), format)
-    scale = scale.masked_fill(~scale.isfinite(), torch.nan)
-    u = nearest_integers(x, scale, zero, format).sub_(format.low).nan_to_num_(0).to(torch.uint8)
-    parts = [pack(u.flatten(0, -2), format.bits).unflatten(0, u.shape[:-1]), scale.view(torch.uint8)]
-    return torch.cat(parts if zero is None else [*parts, zero.nan_to_num(0).to(torch.uint8)], -1)
+    x_Gg = format.split(x)
+    low_G1, high_G1 = extent(x_Gg)
+    scale_G1, second_G1 = format.grid(low_G1, high_G1, whole=format.whole_of(low_G1, high_G1))
+    scale_G1 = scale_G1.masked_fill(~scale_G1.isfinite(), torch.nan)
+    codes = as_unsigned(format.encode(format.nearest(x_Gg, scale_G1, second_G1).nan_to_num_(0)), format.bits)
+    second_G1 = None if second_G1 is None else second_G1[..., : _seconds(format, second_G1.shape[-2]), :].nan_to_num(0)
+    parts = [pack(codes.flatten(0, -3).flatten(1), format.bits).unflatten(0, x.shape[:-1])]
+    for numbers_G1 in format.stored(scale_G1, second_G1, x.dtype):
+        parts += [] if numbers_G1 is None else [numbers_G1.flatten(-2).contiguous().view(torch.uint8)]
+    return torch.cat(parts, -1)
 
 
-def decode_rows(rows: Tensor, format: IntFormat, size: int, dtype: torch.dtype) -> Tensor:
+def decode_rows(rows: Tensor, format: Format, size: int, dtype: torch.dtype) -> Tensor:
     """The numbers `(..., size)` that rows of bytes stand for, in the `dtype` that they were encoded from."""
     wide = torch.promote_types(dtype, torch.float32)
-    end = -(-size * format.bits // 8)
-    q = unpack(rows[..., :end].flatten(0, -2), format.bits, size).unflatten(0, rows.shape[:-1]).to(wide)
-    scale = rows[..., end : end + wide.itemsize].clone(memory_format=torch.contiguous_format).view(wide)
-    zero = None if format.symmetric else rows[..., -1:].to(wide)
-    return from_integers(q.add_(format.low), scale, zero).to(dtype)
+    groups, end = size // format.group_of(size), -(-size * format.bits // 8)
+    codes = unpack(rows[..., :end].flatten(0, -2), format.bits, size).unflatten(0, rows.shape[:-1])
+    numbers: list[Tensor | None] = []
+    for stored, count in zip(_stored_dtypes(format, wide), (groups, _seconds(format, groups)), strict=False):
+        start, end = end, end + count * stored.itemsize
+        part = rows[..., start:end].clone(memory_format=torch.contiguous_format).view(stored)
+        numbers.append(part.to(wide).unsqueeze(-1))
+    scale_G1, second_G1 = (*numbers, None)[:2]
+    assert scale_G1 is not None
+    q_Gg = format.decode(format.split(as_codes(codes, format.bits, format.dtype)), wide)
+    return format.values(q_Gg, scale_G1, second_G1).flatten(-2).to(dtype)
 
 
-def _encode_units(x_BHTN: Tensor, format: IntFormat | None) -> Tensor:
+def _seconds(format: Format, groups: int) -> int:
+    """How many second numbers a row of so many groups has, if any: a scale of scales is all groups'."""
+    return 1 if isinstance(format, FloatFormat) and format.outer else groups
+
+
+@lru_cache(maxsize=64)
+def _stored_dtypes(format: Format, wide: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Those of scales and, if there are any, second numbers."""
+    zero_11 = torch.zeros(1, 1, dtype=wide)
+    numbers = format.stored(*format.grid(zero_11, zero_11, whole=format.whole_of(zero_11, zero_11)), wide)
+    return tuple(one.dtype for one in numbers if one is not None)
+
+
+def _encode_units(x_BHTN: Tensor, format: Format | None) -> Tensor:
     """Tokens or whole groups of them as rows, uint8 `(B, H, U, R)`; as they are, without a format."""
     if format is None:
         return x_BHTN
-    if format.group_size is None:
+    if (tokens := tokens_of(format)) is None:
         return encode_rows(x_BHTN, format)
-    return encode_rows(x_BHTN.unflatten(2, (-1, format.group_size)).mT, format).flatten(-2)
+    return encode_rows(x_BHTN.unflatten(2, (-1, tokens)).mT, format).flatten(-2)
 
 
-def _decode_units(rows_BHUR: Tensor, format: IntFormat | None, like: Tensor) -> Tensor:
+def _decode_units(rows_BHUR: Tensor, format: Format | None, like: Tensor) -> Tensor:
     """The inverse, `(B, H, T, N)`, head size and dtype as `like`."""
     if format is None:
         return rows_BHUR
     size = like.shape[-1]
-    if format.group_size is None:
+    if (tokens := tokens_of(format)) is None:
         return decode_rows(rows_BHUR, format, size, like.dtype)
-    return decode_rows(rows_BHUR.unflatten(-1, (size, -1)), format, format.group_size, like.dtype).mT.flatten(2, 3)
+    return decode_rows(rows_BHUR.unflatten(-1, (size, -1)), format, tokens, like.dtype).mT.flatten(2, 3)
 
 
 class CacheOps(nn.Module):
@@ -97,9 +127,9 @@ class CacheOps(nn.Module):
         self.ops = ops
 
     @property
-    def format(self) -> IntFormat:
+    def format(self) -> Format:
         """The quantizer's."""
-        return cast(IntFormat, cast(Quantize, self.ops[-1]).format)
+        return cast(Quantize, self.ops[-1]).format
 
     def forward(self, x_BHTN: Tensor) -> Tensor:
         if getattr(x_BHTN, "is_from_quantized_cache", False):
@@ -262,7 +292,7 @@ class QuantizedCache(DynamicCache):  # type: ignore[misc]
 
 
 def quantize_cache(decoder: Any) -> None:
-    """Let a decoder with quantizers of keys and values hold its cache as rows of integers, by default."""
+    """Let a decoder with quantizers of keys and values hold its cache as rows of codes, by default."""
     for layer in decoder.layers:
         wires = [layer.wires["key"], layer.wires["value"]]
         if len(layer.wires["cache"].ops) or all(len(wire.ops) and isinstance(wire.ops[-1], Quantize) for wire in wires):

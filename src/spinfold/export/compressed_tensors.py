@@ -99,8 +99,8 @@ def _packed(weight: QuantizedWeight) -> dict[str, Tensor]:
         "weight_packed": pack_words(as_unsigned(weight.q_OI, bits), bits),
         "weight_shape": torch.tensor(weight.q_OI.shape),
     }
-    if weight.zero_OG is not None:
-        tensors["weight_zero_point"] = pack_words(weight.zero_OG.T, bits).T
+    if weight.second_OG is not None:
+        tensors["weight_zero_point"] = pack_words(weight.second_OG.T, bits).T
     return tensors
 
 

@@ -59,8 +59,8 @@ class Contents:
         with reading(path / "run.json"):
             recipe = Recipe.parse(data.get("recipe"), f"recipe in {path / 'run.json'}")
             name = data.get("model", {}).get("name", path.name)
-        if recipe.format != "int":
-            why = f"Its numbers are {recipe.format}, and every target has integers so far."
+        if other := {recipe.format, *(one.format for one in recipe.overrides)} - {"int", None}:
+            why = f"Its numbers are {', '.join(sorted(filter(None, other)))}, and every target has integers so far."
             raise SpinfoldError(f"The run {path} can't be exported.", why, "Make the run with --format int.")
         with transformers_errors(f"The model of the run {path} can't be built.", "Make the run again."):
             with torch.device("meta"):

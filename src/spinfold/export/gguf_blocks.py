@@ -77,10 +77,10 @@ def pack(weight: QuantizedWeight | Tensor, kind: GGMLQuantizationType) -> np.nda
     d_ON1 = _half(weight.scale_OG).repeat_interleave(repeats, dim=1).unsqueeze(-1)
     if kind == Kind.Q8_0:
         parts = [d_ON1, q_ON.to(torch.int8)]
-    elif weight.zero_OG is None:
+    elif weight.second_OG is None:
         parts = [d_ON1, _nibbles(q_ON + 8)]
     else:
-        z_ON1 = weight.zero_OG.repeat_interleave(repeats, dim=1).unsqueeze(-1)
+        z_ON1 = weight.second_OG.repeat_interleave(repeats, dim=1).unsqueeze(-1)
         parts = [d_ON1, _half(-d_ON1.float() * z_ON1), _nibbles(q_ON)]
     blocks = torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
     assert blocks.shape[-1] == GGML_QUANT_SIZES[kind][1]
@@ -100,7 +100,7 @@ def unpack(blocks_OP: Tensor, kind: GGMLQuantizationType) -> Tensor:
 def round_to_q8_0(w_OI: Tensor) -> QuantizedWeight:
     """An embedding or head on the grid of Q8_0: each block's range, rounded to nearest. I must be a multiple of 32."""
     grid = fit_grid(w_OI, IntFormat(8, symmetric=True, group_size=BLOCK), scale_dtype=torch.float16)
-    return QuantizedWeight(grid.quantize(w_OI), grid.scale_OG, grid.zero_OG, grid.format)
+    return QuantizedWeight(grid.quantize(w_OI), grid.scale_OG, grid.second_OG, grid.format)
 
 
 def _nibbles(u_ON: Tensor) -> Tensor:

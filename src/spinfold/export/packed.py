@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spinfold.export.packing import as_unsigned, pack, unpack
+from spinfold.export.packing import as_codes, as_unsigned, pack, unpack
 from spinfold.formats import IntFormat, QuantizedWeight
 
 __all__ = ["PackedLinear", "PackedWeight", "pack_parameter", "packed_tensors"]
@@ -29,8 +29,8 @@ def packed_tensors(weight: QuantizedWeight, shape: Sequence[int]) -> dict[str, T
     """The tensors of a `PackedWeight` of that shape; `weight` has the rows of all experts one below the other."""
     bits = weight.format.bits
     tensors = {"packed": pack(as_unsigned(weight.q_OI, bits), bits), "scale": weight.scale_OG}
-    if weight.zero_OG is not None:
-        tensors["zero"] = pack(weight.zero_OG, bits)
+    if weight.second_OG is not None:
+        tensors["zero"] = pack(weight.second_OG, bits)
     return {key: value.unflatten(0, tuple(shape[:-1])) for key, value in tensors.items()}
 
 
@@ -76,9 +76,8 @@ class PackedWeight(nn.Module):
         return self._unpack(self.packed, self.scale, self.zero).dequantize(self.dtype)
 
     def _unpack(self, packed_OP: Tensor, scale_OG: Tensor, zero_OZ: Tensor | None) -> QuantizedWeight:
-        bits, low = self.format.bits, self.format.low
-        # In arithmetic modulo 256, adding the grid's end and reading the byte as signed is the subtraction of 2^(b-1).
-        q_OI = unpack(packed_OP, bits, self.shape[-1]).add_(low & 0xFF).view(self.format.dtype)
+        bits = self.format.bits
+        q_OI = as_codes(unpack(packed_OP, bits, self.shape[-1]), bits, self.format.dtype)
         zero_OG = None if zero_OZ is None else unpack(zero_OZ, bits, scale_OG.shape[-1])
         return QuantizedWeight(q_OI, scale_OG, zero_OG, self.format)
 

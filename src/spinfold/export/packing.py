@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["as_unsigned", "pack", "pack_words", "unpack"]
+__all__ = ["as_codes", "as_unsigned", "pack", "pack_words", "unpack"]
 
 
 def pack(u_OI: Tensor, bits: int) -> Tensor:
@@ -59,6 +59,11 @@ def pack_words(u_OI: Tensor, bits: int) -> Tensor:
 def as_unsigned(q: Tensor, bits: int) -> Tensor:
     """Integers of a grid as `pack` takes them, uint8: signed ones (int8) are moved up by 2^(bits - 1)."""
     return q if q.dtype == torch.uint8 else (q.to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
+
+
+def as_codes(u: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of `as_unsigned`, in the grid's own `dtype`. Overwrites `u`."""
+    return u if dtype == torch.uint8 else u.sub_(1 << bits - 1).view(dtype)  # modulo 256
 
 
 def _word(bits: int) -> tuple[int, int, torch.dtype]:

@@ -30,7 +30,8 @@ from spinfold.recipe import SCHEMA_VERSION, Recipe
 
 __all__ = ["FORMAT_VERSION", "SpinfoldConfig", "SpinfoldQuantizer", "digest"]
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""1 has every map at each of its places."""
 _AGAIN = "Copy the folder again, or export the run again."
 
 

@@ -1,22 +1,15 @@
-"""What each target can run, as data: asked before any work, printed by `spinfold export --list`.
+"""What each target can run, as data: asked before any work (`choice`), printed by `spinfold export --list`.
 
-A row says: this runtime, in this version, runs this kind of run, and how that is known. A run may be exported if one of
-its target's rows has no objection; else the objections of the nearest row are the answer, each with a way out.
+A row says: this runtime, in this version, runs this kind of run, and how that is known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from spinfold.errors import SpinfoldError
-from spinfold.export.contents import Contents
-from spinfold.maps import Identity
-from spinfold.recipe import Bits, Recipe
-
-__all__ = ["BOUNDS", "TARGETS", "Bounds", "Facts", "Row", "choose", "facts_of"]
+__all__ = ["BOUNDS", "ONLINE", "TARGETS", "Bounds", "Row", "either", "kinds_text", "sizes_text"]
 
 ALL_BITS: Final = (2, 3, 4, 5, 6, 7, 8, 16)
 ONLINE: Final = ("query_key", "down", "skip")
@@ -56,13 +49,13 @@ class Row:
     def cells(self) -> dict[str, str]:
         """The row in words, by column."""
         any_size = "any size" if self.block == 1 else f"any multiple of {self.block}"
-        groups = _groups(self.groups) if self.groups else any_size
-        weights = _range(self.weights)
+        groups = sizes_text(self.groups) if self.groups else any_size
+        weights = bits_text(self.weights)
         if self.weights != (16,):
-            weights += f" {_kind(self.symmetric)}, groups of {groups}"
-        activations = _range(self.activations)
+            weights += f" {kinds_text(self.symmetric)}, groups of {groups}"
+        activations = bits_text(self.activations)
         if self.activations != (16,):
-            activations += f" {_kind(self.activation_symmetric)}"
+            activations += f" {kinds_text(self.activation_symmetric)}"
         limits = {
             f"widths multiples of {self.multiple}": self.multiple > 1,
             ", ".join(self.families or ()): self.families is not None,
@@ -77,7 +70,7 @@ class Row:
             "format": self.format,
             "weights": weights,
             "activations": activations,
-            "KV": _range(self.kv),
+            "KV": bits_text(self.kv),
             "online": ", ".join(self.online) or "-",
             "limits": "; ".join(text for text, applies in limits.items() if applies) or "-",
             "how it is known": self.established,
@@ -234,118 +227,22 @@ BOUNDS: Final[dict[str, Bounds]] = {
 }
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What of a run decides whether a target can have it.
-
-    `online` are the ops that its network needs, `widths` the sizes of its linears, `rows` those along which they sum.
-    """
-
-    family: str
-    recipe: Recipe
-    online: tuple[str, ...] = ()
-    widths: tuple[int, ...] = ()
-    rows: tuple[int, ...] = ()
-    down_bias: bool = False
-    moe: bool = False
-
-
-def facts_of(contents: Contents) -> Facts:
-    """The facts of an opened run."""
-    maps = contents.maps
-    linears = list(contents.network.linears)
-    present = {
-        "query_key": any(not isinstance(one, Identity) for one in maps.query_key or ()),
-        "down": any(not isinstance(one, Identity) for one in maps.down or ()),
-        "skip": isinstance(maps.residual, tuple),
-    }
-    return Facts(
-        family=contents.family.name,
-        recipe=contents.recipe,
-        online=tuple(op for op in ONLINE if present[op]),
-        widths=tuple(sorted({width for linear in linears for width in linear.weight_OI.shape})),
-        rows=tuple(sorted({linear.weight_OI.shape[1] for linear in linears})),
-        down_bias=any(linear.role == "down" and linear.bias_O is not None for linear in linears),
-        moe=any(linear.expert is not None for linear in linears),
-    )
-
-
-def choose(target: str, facts: Facts) -> list[Row]:
-    """The rows of a target that can run this run, or a `SpinfoldError` with the reasons and the nearest choice."""
-    rows = [row for row in TARGETS if row.target == target]
-    if not rows:
-        known = dict.fromkeys(row.target for row in TARGETS)
-        raise SpinfoldError(
-            f"There is no target {target[:200]!r}.", "No writer has this name.", f"Use one of: {', '.join(known)}."
-        )
-    objections = {row: list(_objections(row, facts)) for row in rows}
-    if fitting := [row for row, found in objections.items() if not found]:
-        return fitting
-    row, found = min(objections.items(), key=lambda item: sum(cost for cost, _, _ in item[1]))
-    _, whys, fixes = zip(*found, strict=True)
-    elsewhere = dict.fromkeys(other.target for other in TARGETS if not list(_objections(other, facts)))
-    instead = f" Or export to {' or '.join(elsewhere)}, which can have it as it is." if elsewhere else ""
-    raise SpinfoldError(
-        f"This run can't be exported to {target}.",
-        f"The nearest thing that it runs is {row.format} in {row.runtime}: " + " ".join(whys),
-        f"Make the run with {', '.join(dict.fromkeys(fixes))}." + instead,
-    )
-
-
-def _objections(row: Row, facts: Facts) -> Iterator[tuple[int, str, str]]:
-    """Why a row can't have a run: how far from it that is, the reason, and what the run should have been made with."""
-    recipe = facts.recipe
-    bits, grid, kinds = Bits.parse(recipe.bits), recipe.activations, (row.weights, row.activations, row.kv, row.kv)
-    near = Bits(*(min(allowed, key=lambda b: (abs(b - own), -b)) for own, allowed in zip(bits, kinds, strict=True)))
-    cached = ("a KV cache",) if bits.keys == bits.values else ("cached keys", "cached values")
-    for what, own, allowed in zip(("weights", "activations", *cached), bits, kinds, strict=False):
-        if own not in allowed:
-            yield 2, f"{what} of {_either(allowed)} bits, not {own}.", f"--bits {near}"
-    if bits.weights == near.weights != 16:
-        if recipe.weights.symmetric not in row.symmetric:
-            fix = f"weights.symmetric: {row.symmetric[0]}".lower()
-            yield 1, f"weight grids are {_kind(row.symmetric)}.", fix
-        if recipe.overrides:
-            yield 4, "all linears have one weight grid.", "no overrides and no budget"
-        if row.groups is not None and recipe.group_size not in row.groups:
-            fix = " or ".join(f"--group-size {size}" if size else "no --group-size" for size in row.groups)
-            yield 1, f"weights share a scale by groups of {_groups(row.groups)}.", fix
-        if any(size % row.block for size in facts.rows):
-            yield 4, f"every row of weights must be a multiple of {row.block}.", "another model"
-        elif recipe.group_size and recipe.group_size % row.block:
-            yield 1, f"weights share a scale by groups of a multiple of {row.block}.", f"--group-size {row.block}"
-    if bits.activations == near.activations != 16:
-        if grid.symmetric not in row.activation_symmetric:
-            fix = f"activations.symmetric: {row.activation_symmetric[0]}".lower()
-            yield 1, f"activation grids are {_kind(row.activation_symmetric)}.", fix
-        if not row.activation_extras and (grid.per_head or grid.clip != 1):
-            yield 1, "a token's whole range is covered.", "activations.per_head: false and activations.clip: 1.0"
-    if missing := [op for op in facts.online if op not in row.online]:
-        sites = "a method with one residual basis" if missing == ["skip"] else "--sites residual,value"
-        yield 1, f"there is no place for the online op at {', '.join(missing)}.", sites
-    elif facts.online and facts.down_bias and not row.online_bias:
-        yield 1, "an online op may not stand before a linear with a bias.", "--sites residual,value"
-    if any(width % row.multiple for width in facts.widths):
-        yield 4, f"every width must be a multiple of {row.multiple}.", "another model"
-    if row.families is not None and facts.family not in row.families:
-        yield 4, f"known are {_either(row.families)} models, not {facts.family}.", "another model"
-    if facts.moe and not row.moe:
-        yield 4, "nothing is written for it of layers with experts.", "a model without experts"
-
-
-def _range(bits: tuple[int, ...]) -> str:
+def bits_text(bits: tuple[int, ...]) -> str:
     """`2-8, 16` for all of them."""
     return "2-8, 16" if bits == ALL_BITS else ", ".join(map(str, bits))
 
 
-def _groups(sizes: tuple[int | None, ...]) -> str:
-    return _either(tuple(size or "a row" for size in sizes))
+def sizes_text(sizes: tuple[int | None, ...]) -> str:
+    """`32, 128 or a row`."""
+    return either(tuple(size or "a row" for size in sizes))
 
 
-def _either(values: tuple[Any, ...]) -> str:
+def either(values: tuple[Any, ...]) -> str:
+    """`4, 8 or 16`."""
     *most, last = map(str, values)
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def _kind(symmetric: tuple[bool, ...]) -> str:
+def kinds_text(symmetric: tuple[bool, ...]) -> str:
+    """`symmetric or asymmetric`."""
     return " or ".join("symmetric" if one else "asymmetric" for one in symmetric)

@@ -23,12 +23,20 @@ from spinfold.distributed import everyones, share, summed
 from spinfold.networks import Network, hidden_in_batches
 from spinfold.progress import Progress, Quiet
 
-__all__ = ["Captured", "capture", "channel_maxima", "pooled", "second_moments", "watch"]
+__all__ = ["Captured", "capture", "channel_maxima", "pooled", "second_moments", "stacked", "watch"]
 
-Captured = dict[tuple[int, str], Tensor]
-"""Rows `(S, N)` by layer and wire."""
+
+class Captured(dict[tuple[int, str], Tensor]):
+    """Rows `(S, N)` by layer and wire: views of one matrix for wires that were asked for together."""
+
+    def __init__(self, rows: Mapping[tuple[int, str], Tensor], whole: Mapping[tuple[str, ...], Tensor] | None = None):
+        super().__init__(rows)
+        self.whole = dict(whole or {})
+        """`(L, wires, S, N)` by such wires; none where processes have shared out the windows."""
+
 
 _TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 4096}
+_LARGEST_FP16 = 65504.0
 _MOST_NUMBERS = 1 << 27  # of a batch on the widest wire
 
 
@@ -74,7 +82,7 @@ def watch(
 def capture(
     network: Network,
     ids_WT: Tensor,
-    wires: Sequence[str],
+    wires: Sequence[str | tuple[str, ...]],
     tokens: int | None,
     seed: int,
     progress: Progress | None = None,
@@ -85,29 +93,52 @@ def capture(
     """`tokens` rows per wire (all, if there are fewer or it is None), drawn by `seed`, as `dtype` on the device.
 
     The same tokens on every wire, in the order of the text. On query, key and value each token gives one row per
-    head, head after head; on the down wire of experts one per expert that it meets.
+    head, head after head; on the down wire of experts one per expert that it meets. The wires of a tuple share a
+    matrix, so that `pooled` needs no second one.
     """
-    total, own = ids_WT.numel(), share(len(ids_WT))
+    total, own, seq_len = ids_WT.numel(), share(len(ids_WT)), ids_WT.shape[1]
     drawn_S = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:tokens].sort().values
-    pieces: dict[tuple[int, str], list[Tensor]] = {}
+    before, until = torch.searchsorted(drawn_S, torch.tensor([own.start, own.stop]) * seq_len).tolist()
+    pools = [(wire,) if isinstance(wire, str) else wire for wire in wires]
+    pool_of = {wire: pool for pool in pools for wire in pool}
+    whole: dict[tuple[str, ...], Tensor] = {}
 
     def see(layer: int, wire: str, start: int, x: Tensor) -> None:
-        start += own.start * ids_WT.shape[1]
+        start += own.start * seq_len
         first, last = torch.searchsorted(drawn_S, torch.tensor([start, start + len(x)])).tolist()
-        kept = x[(drawn_S[first:last] - start).to(x.device)].to(dtype)
-        pieces.setdefault((layer, wire), []).append(kept.flatten(0, -2))
+        kept = x[(drawn_S[first:last] - start).to(x.device)]
+        if dtype == torch.float16:  # less than a massive activation may be
+            kept = kept.clamp(-_LARGEST_FP16, _LARGEST_FP16)
+        pool, each = pool_of[wire], kept[:1].numel() // kept.shape[-1] if len(kept) else 0
+        if not each:
+            return
+        if pool not in whole:
+            size = len(network.layers), len(pool), (until - before) * each, kept.shape[-1]
+            whole[pool] = torch.empty(size, dtype=dtype, device=x.device)
+        whole[pool][layer, pool.index(wire), (first - before) * each : (last - before) * each] = kept.flatten(0, -2)
 
-    watch(network, ids_WT[own], wires, see, compute=compute, progress=progress)
-    parts = everyones({key: torch.cat(pieces.pop(key)) for key in list(pieces)})
+    watch(network, ids_WT[own], list(pool_of), see, compute=compute, progress=progress)
+    rows = {(layer, w): x[layer, i] for pool, x in whole.items() for layer in range(len(x)) for i, w in enumerate(pool)}
+    parts = everyones(rows)
     if len(parts) == 1:
-        return parts[0]
+        return Captured(rows, whole)
     keys = dict.fromkeys(key for part in parts for key in part)
-    return {key: torch.cat([part[key] for part in parts if key in part]) for key in keys}
+    return Captured({key: torch.cat([part[key] for part in parts if key in part]) for key in keys})
 
 
 def pooled(captured: Captured, *wires: str) -> Tensor:
     """The rows of these wires of all layers as one matrix `(S, N)`: what one rotation of them all is fitted to."""
-    return torch.cat([rows_SN for (_, wire), rows_SN in captured.items() if wire in wires])
+    if wires in captured.whole:
+        return captured.whole[wires].flatten(0, 2)
+    layers = 1 + max(layer for layer, _ in captured)
+    return torch.cat([captured[layer, wire] for layer in range(layers) for wire in wires])
+
+
+def stacked(captured: Captured, wire: str) -> Tensor:
+    """The rows of a wire layer by layer, `(L, S, N)`."""
+    if (wire,) in captured.whole:
+        return captured.whole[wire,][:, 0]
+    return torch.stack([captured[layer, wire] for layer in range(1 + max(layer for layer, _ in captured))])
 
 
 def second_moments(

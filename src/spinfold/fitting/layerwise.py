@@ -27,7 +27,7 @@ from torch import Tensor
 from spinfold.compute import pick_precision, precision
 from spinfold.distributed import everyones, share, spread, total
 from spinfold.errors import SpinfoldError
-from spinfold.fitting.capture import Captured, pooled
+from spinfold.fitting.capture import Captured, pooled, stacked
 from spinfold.fitting.end_to_end import FitLog, Optimizer, Schedule
 from spinfold.fitting.row_objectives import RowObjective, in_blocks
 from spinfold.maps import CayleySGD, Map, Orthogonal, RiemannianAdam, SiteMaps, project, qr_orthogonal
@@ -54,6 +54,7 @@ Term = Callable[[Tensor, torch.Generator], Tensor]
 WIRES_OF = {"residual": ("qkv_input", "mlp_input"), "value": ("value",)}
 """The wires that carry what a site's map rotates."""
 
+_NUMBERS = 1 << 26  # of the rows that Procrustes looks at together
 T = TypeVar("T")
 
 
@@ -205,9 +206,8 @@ def fit_to_activations(
     step sees `rows` rows (of each layer, at the value site). The log is the residual fit's where there is one.
     """
     log, maps, residual = FitLog(), start, start.residual
-    num_layers = 1 + max((layer for layer, _ in captured), default=-1)
     if start.value is not None:
-        values_LSH = torch.stack([captured[layer, "value"] for layer in range(num_layers)])
+        values_LSH = stacked(captured, "value")
         R_LHH = torch.stack([dense(one, values_LSH.device) for one in start.value])
         R_LHH, losses = fit_to_rows(
             R_LHH,
@@ -257,15 +257,21 @@ def alternate_procrustes(
     """
     R_NN = best_NN = project(start_NN.double())
     errors: list[float] = []
+    parts = x_SN.split(max(1, _NUMBERS // x_SN.shape[1]))  # what a turn makes of all rows takes many times their memory
     with (progress or Quiet()).stage(label, total=steps) as bar:
         for turn in range(steps + 1):
-            y_SN = x_SN.float() @ R_NN.float()
-            target_SN = quantize(y_SN)
-            errors.append(float((y_SN - target_SN).square().mean()))
+            error = torch.zeros((), dtype=torch.float64, device=x_SN.device)
+            product_NN = torch.zeros_like(R_NN, dtype=torch.float32)
+            for part_PN in parts:
+                y_PN = part_PN.float() @ R_NN.float()
+                target_PN = quantize(y_PN)
+                error += (y_PN - target_PN).square().sum()
+                product_NN += y_PN.mT @ target_PN
+            errors.append(float(error) / x_SN.numel())
             if errors[-1] == min(errors):
                 best_NN = R_NN
             if turn < steps:
-                R_NN = R_NN @ project((y_SN.mT @ target_SN).double())  # a product of two orthogonal ones stays one
+                R_NN = R_NN @ project(product_NN.double())  # a product of two orthogonal ones stays one
                 bar.advance(note=f"error {errors[-1]:.4g}")
     return best_NN, tuple(errors)
 

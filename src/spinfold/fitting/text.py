@@ -8,6 +8,8 @@
 |                                        | `prefix` + `gold_completion`; documents are joined by an empty line |
 | any other path                         | plain text: UTF-8, or UTF-16 with its byte order mark; CRLF is LF  |
 
+What is held out for the figures never depends on a recipe (`texts_of`).
+
 Shapes: T tokens, n windows.
 """
 
@@ -17,7 +19,7 @@ import codecs
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,13 @@ from transformers import PreTrainedTokenizerBase
 from spinfold.errors import SpinfoldError
 from spinfold.networks import embedded
 
-__all__ = ["MAX_TEXT_BYTES", "Text", "load_text", "tokenize", "windows"]
+__all__ = ["MAX_TEXT_BYTES", "Text", "load_text", "texts_of", "tokenize", "windows"]
 
 MAX_TEXT_BYTES = 64 << 20
 """A longer file is read up to here, and `Text.origin` says so."""
 FIELDS: tuple[tuple[str, ...], ...] = (("text",), ("content",), ("prefix", "gold_completion"))
+HELD_OUT = 0.2
+"""The share of a calibration text that is held out for the figures, if they have no text of their own."""
 GUARD_TOKENS = 64
 NAMES = "sotu, wikitext2, wikitext2:test, c4"
 BETWEEN = "\n\n"
@@ -59,6 +63,19 @@ def load_text(source: str | Path) -> Text:
     if name in ("wikitext2", "wikitext2:test", "c4"):
         return _dataset(name)
     return _file(Path(os.path.expanduser(name)))
+
+
+def texts_of(calibration: str, held_out: str | None = None) -> tuple[Text, Text]:
+    """The text of fits and Hessians, and the one that is held out: figures are measured on it alone.
+
+    `held_out` names it; else it is the last fifth of the calibration text, in characters, which fits and Hessians then
+    never see. So two runs on one text have the same one, whatever their recipes ask for.
+    """
+    text = load_text(calibration)
+    if held_out is not None:
+        return text, load_text(held_out)
+    cut = len(text.text) - int(HELD_OUT * len(text.text))
+    return replace(text, text=text.text[:cut]), replace(text, name=f"last fifth of {text.name}", text=text.text[cut:])
 
 
 def tokenize(text: Text | str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None) -> Tensor:

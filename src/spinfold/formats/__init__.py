@@ -6,9 +6,10 @@ Of the KV cache a `CacheFormat` says which grids keys and values have, and which
 from spinfold.formats.activation import fake_quantize
 from spinfold.formats.base import Format
 from spinfold.formats.cache import CacheFormat
+from spinfold.formats.clip_search import ClipSearch
 from spinfold.formats.integer import IntFormat
 from spinfold.formats.microscaling import FLOAT_FORMATS, FloatFormat
-from spinfold.formats.weights import ClipSearch, Grid, QuantizedWeight, fit_grid
+from spinfold.formats.weights import Grid, QuantizedWeight, fit_grid
 
 __all__ = [
     "FLOAT_FORMATS",

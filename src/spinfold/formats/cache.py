@@ -9,8 +9,9 @@ and the last ones of a group of g that is not complete yet. So a token is quanti
 and its group have left the window; what an earlier query saw of it does not change. That is what a cache does that is
 filled token by token, and it makes one pass over a text compute the same: there each query has its own count.
 
-A format with a `group_size` has one grid per channel of as many successive tokens (KIVI, arXiv 2402.02750); one without
-has a grid per token and head. g is the least common multiple of both.
+An integer format with a `group_size` has one grid per channel of as many successive tokens (KIVI, arXiv 2402.02750);
+one without has a grid per token and head. Floating-point formats have their blocks along the head, token by token. g is
+the least common multiple of both groups of tokens.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from spinfold.formats.base import Format
 from spinfold.formats.integer import IntFormat
 
-__all__ = ["CacheFormat"]
+__all__ = ["CacheFormat", "tokens_of"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class CacheFormat:
     `sink` first and `residual` last tokens are kept in floating point.
     """
 
-    key: IntFormat | None
-    value: IntFormat | None
+    key: Format | None
+    value: Format | None
     before_rope: bool = False
     sink: int = 0
     residual: int = 0
@@ -41,7 +43,7 @@ class CacheFormat:
     @property
     def group(self) -> int:
         """g, the number of tokens that are quantized together."""
-        return math.lcm(*(one.group_size or 1 for one in (self.key, self.value) if one))
+        return math.lcm(*(tokens_of(one) or 1 for one in (self.key, self.value) if one))
 
     @property
     def by_token(self) -> bool:
@@ -65,3 +67,8 @@ class CacheFormat:
         if self.group == 1 and self.residual == 0:  # no query sees its own token in floating point
             return end, end
         return max(first, self.span(before + 1)[1]), end
+
+
+def tokens_of(format: Format) -> int | None:
+    """How many successive tokens of a channel share a grid in the cache; None where a token's grids are its own."""
+    return format.group_size if isinstance(format, IntFormat) else None

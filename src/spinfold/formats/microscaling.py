@@ -80,8 +80,12 @@ class Element:
     def nearest(self, x: Tensor) -> Tensor:
         """The nearest element, ties to even, saturating; NaN stays NaN. fp32 or fp64, a new tensor."""
         x = x.clamp(-self.largest, self.largest)
-        step = power_below(x).clamp_(min=self.smallest_normal).mul_(2.0**-self.mantissa_bits)
+        step = self.step_at(x)
         return x.div_(step).round_().mul_(step)
+
+    def step_at(self, x: Tensor) -> Tensor:
+        """How far apart the elements around `x` are."""
+        return power_below(x).clamp_(min=self.smallest_normal).mul_(2.0**-self.mantissa_bits)
 
     def magnitudes(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
         """All elements from 0 to the largest, each at the index that is its code; infinity at reserved codes."""
@@ -159,7 +163,7 @@ class FloatFormat(Format):
         return "negative" if self.by_sign else "outer"
 
     def whole_of(self, low: Tensor, high: Tensor) -> Tensor | None:
-        if self.outer is None or not low.numel():
+        if self.outer is None or (self.outer == "tensor" and not low.numel()):
             return None
         most = torch.maximum(high, -low)
         return (most.amax() if self.outer == "tensor" else most.amax(-2, keepdim=True)).expand_as(most)
@@ -197,6 +201,13 @@ class FloatFormat(Format):
             scale = scale.clamp(max=torch.finfo(scale_dtype).max).to(scale_dtype).to(scale.dtype)
         return scale
 
+    def nearest_scale(self, scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
+        if self.scale in ELEMENTS:
+            return ELEMENTS[self.scale].nearest(scale)
+        if self.scale == "real":
+            return super().nearest_scale(scale, scale_dtype)
+        return power_below(math.sqrt(2) * scale).clamp(2.0**-127, 2.0**127)  # nearest in its exponent
+
     def step_of(self, x: Tensor, scale: Tensor, second: Tensor | None) -> Tensor:
         """X for each number, as its sign and the grid have it; broadcasts against `x`."""
         if second is None:
@@ -217,7 +228,8 @@ class FloatFormat(Format):
     def stored(self, scale: Tensor, second: Tensor | None, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         dtype = _STORED.get(self.scale, scale_dtype)
         if second is not None:
-            second = second.to(dtype if self.by_sign else torch.float32)
+            wide = torch.float64 if scale_dtype == torch.float64 else torch.float32
+            second = second.to(dtype if self.by_sign else wide)
         return scale.to(dtype), second
 
     def encode(self, q: Tensor) -> Tensor:

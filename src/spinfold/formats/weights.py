@@ -1,6 +1,6 @@
 """Weights on a grid of any format: its scales found, codes and scales stored, and read back.
 
-Shapes: O out features, I in features, G groups of g neighbours along I (G g = I), R = O G rows, F factors.
+Shapes: O out features, I in features, G groups of g neighbours along I (G g = I), R = O G rows.
 """
 
 from __future__ import annotations
@@ -13,69 +13,9 @@ from torch import Tensor
 
 from spinfold.errors import SpinfoldError
 from spinfold.formats.base import Format, compute_dtype, extent
+from spinfold.formats.clip_search import ClipSearch
 
-__all__ = ["ClipSearch", "Grid", "QuantizedWeight", "fit_grid"]
-
-
-@dataclass(frozen=True)
-class ClipSearch:
-    """Shrink each group's range to minimise Σ |w - ŵ|^exponent.
-
-    Candidates are 1, 1 - shrink/steps, …, 1 - shrink (steps-1)/steps: 1.00 … 0.21 by default, with
-    exponent 2.4 as in GPTQ's reference quantizer (arXiv 2210.17323). The widest of equal ones wins.
-    """
-
-    exponent: float = 2.4
-    steps: int = 80
-    shrink: float = 0.8
-
-    def factors(self) -> list[float]:
-        return [1 - self.shrink * step / self.steps for step in range(self.steps)]
-
-    def best(
-        self,
-        w_Rg: Tensor,
-        low_R1: Tensor,
-        high_R1: Tensor,
-        whole_R1: Tensor | None,
-        fmt: Format,
-        scale_dtype: torch.dtype,
-        at_once: int = 1,
-    ) -> Tensor:
-        """The best shrink factor `(R, 1)` of each row of `w_Rg` whose `extent` and `whole_of` are given.
-
-        `at_once` factors are tried in one go, which changes the speed only.
-        """
-        found_R1 = torch.ones_like(low_R1)
-        open_R = torch.arange(len(w_Rg), device=w_Rg.device)  # the rows that may still find better
-        best_R1, least_R1 = torch.ones_like(low_R1), torch.full_like(low_R1, torch.inf)
-        factors = torch.tensor(self.factors(), dtype=torch.float64).to(low_R1.device, low_R1.dtype)
-        for step, factor_F in enumerate(factors.split(at_once)):
-            factor_F11 = factor_F[:, None, None]
-            grid = fmt.grid(low_R1 * factor_F11, high_R1 * factor_F11, whole=whole_R1, scale_dtype=scale_dtype)
-            error_FRg = fmt.values(fmt.nearest(w_Rg, *grid), *grid).sub_(w_Rg)
-            loss_FR1 = self._loss(error_FRg)
-            loss_R1 = loss_FR1.amin(0)
-            better_R1 = loss_R1 < least_R1
-            widest_R1 = torch.where(loss_FR1 == loss_R1, factor_F11, 0).amax(0)
-            least_R1 = torch.where(better_R1, loss_R1, least_R1)
-            best_R1 = torch.where(better_R1, widest_R1, best_R1)
-            if step % 4 == 3 and w_Rg.device.type == "cpu":  # elsewhere, asking costs more than going on
-                last = low_R1 * factor_F[-1], high_R1 * factor_F[-1]
-                least_grid = fmt.grid(*last, whole=whole_R1, scale_dtype=scale_dtype)
-                stays_R = (self._loss(fmt.beyond(low_R1, high_R1, *least_grid)) <= least_R1).squeeze(1)
-                found_R1[open_R] = best_R1
-                kept = (t[stays_R] for t in (open_R, w_Rg, low_R1, high_R1, best_R1, least_R1))
-                open_R, w_Rg, low_R1, high_R1, best_R1, least_R1 = kept
-                whole_R1 = None if whole_R1 is None else whole_R1[stays_R]
-                if not len(open_R):
-                    break
-        found_R1[open_R] = best_R1
-        return found_R1
-
-    def _loss(self, error_FRg: Tensor) -> Tensor:
-        """Σ |e|^p as exp(p log|e|), 0 included: three passes, and four times faster than pow on a CPU. Overwrites."""
-        return error_FRg.abs_().log_().mul_(self.exponent).exp_().sum(-1, keepdim=True)
+__all__ = ["Grid", "QuantizedWeight", "fit_grid"]
 
 
 @dataclass(frozen=True)
@@ -85,11 +25,6 @@ class Grid:
     scale_OG: Tensor
     second_OG: Tensor | None
     format: Format
-
-    @property
-    def zero_OG(self) -> Tensor | None:
-        """The second numbers of an integer grid: its zero points."""
-        return self.second_OG
 
     def _expanded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Both as `(O, G, 1)` in `dtype`."""
@@ -116,11 +51,6 @@ class QuantizedWeight:
     scale_OG: Tensor
     second_OG: Tensor | None
     format: Format
-
-    @property
-    def zero_OG(self) -> Tensor | None:
-        """The second numbers of an integer grid: its zero points."""
-        return self.second_OG
 
     @property
     def grid(self) -> Grid:

@@ -34,10 +34,12 @@ def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
     objective = choose(recipe.fit.objective, {"whip": whip}, "dartquant")
     residual = LayerwiseSettings.of(recipe.fit, _RESIDUAL, recipe.compute)
     captured = captured_for(task, _TOKENS)
-    rows = {key: unit_rms(x) if key[1] == "value" else x for key, x in captured.items()}
+    for (_, wire), x in captured.items():
+        if wire == "value":
+            x.copy_(unit_rms(x.float()))
     return fit_to_activations(
         hadamard_maps(task, random_value=True),
-        rows,
+        captured,
         {"residual": objective, "value": objective},
         {
             "residual": residual,

@@ -44,7 +44,7 @@ def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
     ids_WT = task.windows(recipe.fit.seq_len or recipe.calibration.seq_len, recipe.fit.batch or 1)
     wires = WIRES_OF["residual"]
     x_SD = pooled(
-        capture(task.network, ids_WT, wires, recipe.fit.tokens, recipe.seed, task.progress, compute=recipe.compute),
+        capture(task.network, ids_WT, [wires], recipe.fit.tokens, recipe.seed, task.progress, compute=recipe.compute),
         *wires,
     )
     x_SD[massive(x_SD)] *= _GAMMA

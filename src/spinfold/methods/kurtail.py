@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from spinfold.fitting.capture import Captured, capture
 from spinfold.fitting.end_to_end import FitLog
 from spinfold.fitting.layerwise import WIRES_OF, LayerwiseSettings, choose, fit_to_activations
@@ -26,16 +28,20 @@ _TOKENS, _ROWS = 2048, 4096
 
 
 def captured_for(task: FitTask, tokens: int) -> Captured:
-    """What flows through the task's residual and value sites, `tokens` per wire unless the recipe says otherwise."""
+    """What flows through the task's residual and value sites, `tokens` per wire unless the recipe says otherwise.
+
+    In fp16: its 11 bits are those of a TF32 product, and a norm without gain gives no number above √D.
+    """
     recipe = task.recipe
     return capture(
         task.network,
         task.windows(recipe.fit.seq_len or recipe.calibration.seq_len, recipe.calibration.samples),
-        [wire for site, wires in WIRES_OF.items() if site in task.sites for wire in wires],
+        [wires for site, wires in WIRES_OF.items() if site in task.sites],
         recipe.fit.tokens or tokens,
         recipe.seed,
         task.progress,
         compute=recipe.compute,
+        dtype=torch.float16,
     )
 
 

@@ -19,7 +19,7 @@ Shapes: L layers, D residual width, O out features, I in features, K kv heads, N
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from spinfold.compute import pick_precision
 from spinfold.distributed import share, spread, total
 from spinfold.fitting.end_to_end import FitLog
 from spinfold.fitting.layerwise import LayerwiseSettings, Term, choose, dense, fit_layerwise
@@ -40,8 +41,10 @@ from spinfold.recipe import Fit
 
 __all__ = ["OPTROT", "Cost", "fit_to_weights", "residual_term", "total_of", "value_term"]
 
-Cost = Callable[[str, Sequence[int], Sequence[Tensor], Tensor], Tensor]
-"""`cost(wire, layers, weights, R)`: the cost, a scalar, of rotated weights `(L, O, I)` that read `wire` in `layers`."""
+Cost = Callable[[str, Sequence[int], Tensor, Sequence[int], Tensor], Tensor]
+"""`cost(wire, layers, w, heights, R)`: the cost, a scalar, of the rotated weights w `(L, O, I)` that read `wire` in
+`layers`; these are matrices of `heights`, one below the other.
+"""
 
 _LAYERS = 3
 _LARGE = 1 << 28  # weights
@@ -53,68 +56,90 @@ def total_of(objective: RowObjective) -> Cost:
     """The cost that is a row objective's sum over all rows of all matrices."""
     objective = in_blocks(objective)
 
-    def cost(_: str, __: Sequence[int], weights: Sequence[Tensor], ___: Tensor) -> Tensor:
-        return torch.stack([objective(w_LOI).sum() for w_LOI in weights]).sum()
+    def cost(_: str, __: Sequence[int], w_LOI: Tensor, ___: Sequence[int], ____: Tensor) -> Tensor:
+        return objective(w_LOI).sum()
 
     return cost
 
 
-def residual_term(network: Network, cost: Cost, layers_per_step: int) -> Term:
+def residual_term(network: Network, cost: Cost, layers_per_step: int, dtype: torch.dtype = torch.float32) -> Term:
     """The cost of `network` rotated by R, estimated without bias from a few layers a step, all of them in turn.
 
-    Every other map is folded into `network`: what is left is W R for readers of the stream, Rᵀ W for its writers.
+    Every other map is folded into `network`: what is left is W R for readers of the stream, Rᵀ W for its writers. The
+    products have their weights in `dtype`: held so, and the network let go, unless a step's are large.
     """
-    layers, waiting = network.layers, list[int]()
-    drawn = min(layers_per_step, len(layers))
+    waiting, num_layers = list[int](), len(network.layers)
+    drawn = min(layers_per_step, num_layers)
+    large = drawn * max(sum(x.weight_OI.numel() for x in layer.foldable) for layer in network.layers) > _LARGE
+    weights_of = _weights_of(network, dtype, hold=not large)
+    heights_of = [
+        {wire: [len(x.weight_OI) for x in linears] for wire, linears in layer.groups.items()}
+        for layer in network.layers
+    ]
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    one_by_one = large or network.device.type == "cpu"  # a GPU likes few large products, a CPU what its cache holds
 
     def term(R_DD: Tensor, draws: torch.Generator) -> Tensor:
-        picked: list[Layer] = []
+        picked: list[int] = []
         for _ in range(drawn):
             if not waiting:
-                waiting.extend(torch.randperm(len(layers), generator=draws).tolist())
-            picked.append(layers[waiting.pop()])
+                waiting.extend(torch.randperm(num_layers, generator=draws).tolist())
+            picked.append(waiting.pop())
         R_DD = spread(R_DD)
-        own: dict[tuple[str, ...], list[Layer]] = {}
+        own: dict[str, list[int]] = {}
         for layer in picked[share(drawn)]:
-            own.setdefault(tuple(layer.linears), []).append(layer)
+            own.setdefault(str(layer if one_by_one else heights_of[layer]), []).append(layer)
         found = 0 * R_DD.sum()  # a process without a layer has a gradient too
         for alike in own.values():
-            # Large layers one by one, and what is made of them again in the backward pass: to hold it takes gigabytes.
-            large = sum(x.weight_OI.numel() for layer in alike for x in layer.foldable) > _LARGE
-            for some in [[layer] for layer in alike] if large else [alike]:
-                for wire in some[0].groups:
-                    args = some, wire, R_DD
-                    found = found + (again(of_wire, *args) if large else of_wire(*args))
-        return total(found) * (len(layers) / drawn)
+            for wire in heights_of[alike[0]]:
+                args = alike, wire, R_DD
+                # What is made of large layers is made again in the backward pass: to hold it takes gigabytes.
+                found = found + (again(of_wire, *args) if large else of_wire(*args))
+        return total(found) * (num_layers / drawn)
 
-    def of_wire(some: list[Layer], wire: str, R_DD: Tensor) -> Tensor:
-        w_LOI = torch.stack([torch.cat([x.weight_OI for x in layer.groups[wire]]) for layer in some]).to(R_DD.dtype)
-        heights = [len(x.weight_OI) for x in some[0].groups[wire]]
-        writes = wire in ("attention_out", "down")
-        rotated = [R_DD.mT @ w for w in w_LOI.split(heights, 1)] if writes else (w_LOI @ R_DD).split(heights, 1)
-        return cost(wire, [layer.index for layer in some], rotated, R_DD)
+    def of_wire(alike: list[int], wire: str, R_DD: Tensor) -> Tensor:
+        weights = [weights_of(layer, wire) for layer in alike]
+        w_LOI = torch.stack(weights) if len(weights) > 1 else weights[0][None]
+        if wire in ("attention_out", "down"):
+            w_LOI = (R_DD.mT.to(dtype) @ w_LOI.unflatten(1, (-1, len(R_DD)))).flatten(1, 2)
+        else:
+            w_LOI = w_LOI @ R_DD.to(dtype)
+        return cost(wire, alike, w_LOI, heights_of[alike[0]][wire], R_DD)
 
     return term
 
 
-def value_term(network: Network, cost: Cost) -> Term:
-    """The cost of all W_v and W_o with a rotation `(L, H, H)` of each layer's heads; other maps are folded in."""
+def _weights_of(network: Network, dtype: torch.dtype, hold: bool) -> Callable[[int, str], Tensor]:
+    """The function of a layer and a wire that gives all weights that read it, `(O, I)`; with `hold` made once."""
+
+    def made(layer: int, wire: str) -> Tensor:
+        return torch.cat([x.weight_OI for x in network.layers[layer].groups[wire]]).to(dtype)
+
+    if not hold:
+        return made
+    held = {(layer.index, wire): made(layer.index, wire) for layer in network.layers for wire in layer.groups}
+    return lambda layer, wire: held[layer, wire]
+
+
+def value_term(network: Network, cost: Cost, dtype: torch.dtype = torch.float32) -> Term:
+    """The cost of all W_v and W_o, held in `dtype`, with a rotation `(L, H, H)` of each layer's heads; other maps are
+    folded in."""
     layers: list[Layer] = network.layers
     own, head_dim = share(len(layers)), layers[0].head_dim
     v, o = list[Tensor](), list[Tensor]()
     for layer in layers[own] or layers[:1]:  # a process without a layer has tensors of none
         with layer.present():
-            v.append(layer.linears["v"].weight_OI.float().unflatten(0, (-1, head_dim)))
-            o.append(layer.linears["o"].weight_OI.float().unflatten(1, (-1, head_dim)))
+            v.append(layer.linears["v"].weight_OI.to(dtype).unflatten(0, (-1, head_dim)))
+            o.append(layer.linears["o"].weight_OI.to(dtype).unflatten(1, (-1, head_dim)))
     some = range(len(layers))[own]
     v_LKHD, o_LDNH = torch.stack(v)[: len(some)], torch.stack(o)[: len(some)]
 
     def term(B_LHH: Tensor, _: torch.Generator) -> Tensor:
         B_LHH = spread(B_LHH)[own]
-        v_LOD = (B_LHH.mT[:, None] @ v_LKHD).flatten(1, 2)
-        o_LDI = (o_LDNH.flatten(1, 2) @ B_LHH).reshape(*o_LDNH.shape[:2], -1)
-        return total(cost("qkv_input", some, [v_LOD], B_LHH) + cost("attention_out", some, [o_LDI], B_LHH))
+        v_LOD = (B_LHH.mT[:, None].to(dtype) @ v_LKHD).flatten(1, 2)
+        o_LDI = (o_LDNH.flatten(1, 2) @ B_LHH.to(dtype)).reshape(*o_LDNH.shape[:2], -1)
+        of_v = cost("qkv_input", some, v_LOD, [v_LOD.shape[1]], B_LHH)
+        return total(of_v + cost("attention_out", some, o_LDI, [o_LDI.shape[1]], B_LHH))
 
     return term
 
@@ -133,25 +158,28 @@ def fit_to_weights(
     recipe, device, fit = task.recipe, task.network.device, fit or task.recipe.fit
     maps, log = hadamard_maps(task, random_value=True), FitLog()
     settings = partial(LayerwiseSettings.of, fit, compute=recipe.compute)
+    dtype = torch.bfloat16 if pick_precision(recipe.compute, device) == "bf16" else torch.float32
     if isinstance(maps.residual, Map):
         others = _folded(task.network, replace(maps, residual=None, query_key=None))
         if not others.resident:  # every step needs some of it: all stays, in 16 bits, which is more than a fit needs
             others = others.held(torch.bfloat16)
+        term = residual_term(others, residual_cost(maps), fit.batch or _LAYERS, dtype)
+        del others
         R_DD, losses = fit_layerwise(
             dense(maps.residual, device),
-            residual_term(others, residual_cost(maps), fit.batch or _LAYERS),
+            term,
             settings(_RESIDUAL),
             seed=recipe.seed,
             progress=task.progress,
             label="fit residual rotation",
         )
         maps, log = replace(maps, residual=Orthogonal(R_DD)), FitLog(losses)
-        del others
+        del term
     if maps.value is not None:
-        others = _folded(task.network, replace(maps, value=None, query_key=None))
+        others = _folded(task.network, replace(maps, value=None, query_key=None, down=None), roles=("v", "o"))
         B_LHH, losses = fit_layerwise(
             torch.stack([dense(one, device) for one in maps.value]),
-            value_term(others, value_cost(maps)),
+            value_term(others, value_cost(maps), dtype),
             settings(_VALUE),
             seed=recipe.seed,
             progress=task.progress,
@@ -162,10 +190,10 @@ def fit_to_weights(
     return maps, log
 
 
-def _folded(network: Network, maps: SiteMaps) -> Network:
-    """A network whose layers, and no more, have these maps."""
+def _folded(network: Network, maps: SiteMaps, roles: Collection[str] | None = None) -> Network:
+    """A network whose layers, and no more, have these maps; with `roles` only the linears of these."""
     twin = network.copy(share_ends=True)
-    fold_layers(twin, maps)
+    fold_layers(twin, maps, roles)
     return twin
 
 

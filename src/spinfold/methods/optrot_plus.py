@@ -52,14 +52,14 @@ def error_bound(w_LOI: Tensor, variance_LI: Tensor, group_size: int | None, *, p
 def _cost(bound: Bound, moments: Mapping[str, Tensor], known: Mapping[str, Tensor], damp: float) -> Cost:
     """Feedback from `known` `(L, I)` by wire, or else from the wire's second moment `(L, I, I)`, turned by R."""
 
-    def cost(wire: str, layers: Sequence[int], weights: Sequence[Tensor], R: Tensor) -> Tensor:
+    def cost(wire: str, layers: Sequence[int], w_LOI: Tensor, heights: Sequence[int], R: Tensor) -> Tensor:
         index = torch.tensor(list(layers), device=R.device)
         if wire in known:
             variance_LI = known[wire][index]
         else:
             with precision("fp32", R.device):  # coarser products lose the small eigenvalues that the factor is about
                 variance_LI = feedback(_turned(moments[wire][index], R), damp)
-        return torch.stack([bound(w_LOI, variance_LI) for w_LOI in weights]).sum()
+        return torch.stack([bound(one_LOI, variance_LI) for one_LOI in w_LOI.split(list(heights), 1)]).sum()
 
     return cost
 

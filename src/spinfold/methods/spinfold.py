@@ -29,11 +29,12 @@ from math import gcd
 
 import torch
 
-from spinfold.fitting.capture import Captured, capture, pooled
+from spinfold.fitting.capture import Captured, capture, pooled, stacked
 from spinfold.fitting.end_to_end import FitLog
 from spinfold.fitting.layerwise import LayerwiseSettings, dense, fit_to_rows
 from spinfold.fitting.row_objectives import in_blocks, rounding_error
 from spinfold.formats import ClipSearch, Format, fit_grid
+from spinfold.formats.cache import tokens_of
 from spinfold.maps import Map, Orthogonal, SiteMaps, kronecker_hadamard, project
 from spinfold.methods.base import QUANTIZERS, FitTask, Method
 from spinfold.methods.block_hadamard import hadamard_blocks
@@ -103,9 +104,8 @@ def _fit_to_wires(task: FitTask, start: SiteMaps, log: FitLog, *, residual: bool
     """The layer-wise part where activations, if `residual`, or the KV cache are no finer than weights."""
     recipe, network, maps = task.recipe, task.network, start
     ids_NT = task.windows(recipe.calibration.seq_len, _WINDOWS)
-    wires = (*(_NORMS if residual else ()), "value", "key")
+    wires: list[str | tuple[str, ...]] = ["value", "key", *([_NORMS] if residual else ())]
     captured = capture(network, ids_NT, wires, recipe.fit.tokens or _TOKENS, recipe.seed, task.progress)
-    layers = range(len(network.layers))
     quantizer = recipe.activation_format
     if residual and isinstance(start.residual, Map) and quantizer is not None:
         x_SD = pooled(captured, *_NORMS)
@@ -115,7 +115,7 @@ def _fit_to_wires(task: FitTask, start: SiteMaps, log: FitLog, *, residual: bool
             R_DD = _least([project(first.double()), R_DD], x_SD, quantizer)
         log, maps = FitLog(losses), replace(maps, residual=Orthogonal(R_DD))
         if recipe.fit.rank:
-            x_BSD = torch.stack([captured[layer, wire] for layer in layers for wire in _NORMS])
+            x_BSD = x_SD.unflatten(0, (2 * len(network.layers), -1))
             first_BDD = R_DD.float().expand(len(x_BSD), -1, -1)
             R_BDD, losses = _rotate(
                 task, first_BDD, x_BSD, quantizer, _LOCAL, "fit bases per boundary", rows_per_step=2048
@@ -149,7 +149,7 @@ def _least(bases: Sequence[torch.Tensor], x_SD: torch.Tensor, quantizer: Format)
 def _head_format(recipe: Recipe, wire: str, head_dim: int) -> Format | None:
     """The grid of a head of one token: the cache's, also where that has one per channel, or else the activations'."""
     if (cache := recipe.kv_format) and (format := getattr(cache, wire)):
-        return replace(format, group_size=None)
+        return replace(format, group_size=None) if tokens_of(format) else format
     if (whole := recipe.activation_format) and whole.group_size:  # blocks of a row may lie across heads
         return replace(whole, group_size=gcd(whole.group_size, head_dim))
     return whole
@@ -158,7 +158,7 @@ def _head_format(recipe: Recipe, wire: str, head_dim: int) -> Format | None:
 def _rotate_heads(
     task: FitTask, before: Sequence[Map], captured: Captured, wire: str, quantizer: Format
 ) -> tuple[Map, ...]:
-    x_LSH = torch.stack([captured[layer, wire] for layer in range(len(before))])
+    x_LSH = stacked(captured, wire)
     first_LHH = torch.stack([dense(one, x_LSH.device) for one in before])
     R_LHH, _ = _rotate(task, first_LHH, x_LSH, quantizer, _LOCAL, f"fit {wire} bases", rows_per_step=2048)
     return tuple(Orthogonal(R_HH) for R_HH in R_LHH)

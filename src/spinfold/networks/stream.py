@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from spinfold.compute import pick_precision, precision
-from spinfold.networks.network import Layer, Network
+from spinfold.networks.layer import Layer
+from spinfold.networks.network import Network
 
 __all__ = ["Stream", "hidden_in_batches"]
 

@@ -7,6 +7,7 @@ and the dark scheme; text that comes from outside is escaped, since Plotly reads
 |---------------|------------------------------------------------------------------|
 | `surface`     | abs(x) over tokens and channels at one wire                      |
 | `lines`       | one quantity over layers, some series in one small panel         |
+| `heat`        | one quantity over layers, a row of colours per named thing       |
 | `curve`       | a fit's loss over its steps                                      |
 | `bars`        | one quantity per named thing, from zero                          |
 | `dots`        | one small quantity per named thing, logarithmic                  |
@@ -24,7 +25,19 @@ import numpy as np
 
 from spinfold.evaluation.outliers import Surface
 
-__all__ = ["Figure", "bars", "curve", "decibels", "dots", "front", "lines", "pareto", "surface", "value_range"]
+__all__ = [
+    "Figure",
+    "bars",
+    "curve",
+    "decibels",
+    "dots",
+    "front",
+    "heat",
+    "lines",
+    "pareto",
+    "surface",
+    "value_range",
+]
 
 Figure = dict[str, Any]
 Number = float | int | None
@@ -96,6 +109,30 @@ def lines(
         line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": reference, "y1": reference, "line": dotted}
         layout["shapes"] = [line]
     return {"data": traces, "layout": layout}
+
+
+def heat(rows: Mapping[str, Sequence[Number]], unit: str, span: tuple[float, float]) -> Figure:
+    """A row of cells per name, a column per layer, the first name on top; `span` is the range of colours, shared by
+    pictures to be compared. A gap is a value that isn't there.
+    """
+    layers = max(map(len, rows.values()), default=0)
+    trace = {
+        "type": "heatmap",
+        "x": list(range(layers)),
+        "y": [html.escape(name) for name in rows],
+        "z": [[_short(value) for value in values] for values in rows.values()],
+        "colorscale": "Viridis",
+        "zmin": span[0],
+        "zmax": span[1],
+        "xgap": 1,
+        "ygap": 1,
+        "hoverongaps": False,
+        "colorbar": {"title": {"text": html.escape(unit)}, "thickness": 12, "outlinewidth": 0, "nticks": 6},
+        "hovertemplate": f"%{{y}}, layer %{{x}}: %{{z:.4~g}} {html.escape(unit)}<extra></extra>",
+    }
+    bare = {"showgrid": False}
+    layout = _layout(110 + 24 * len(rows)) | {"xaxis": _counts("layer", layers) | bare, "yaxis": _names() | bare}
+    return {"data": [trace], "layout": layout}
 
 
 def curve(losses: Sequence[Number]) -> Figure:

@@ -11,7 +11,7 @@ from typing import Any
 from spinfold.evaluation.outliers import Outliers
 from spinfold.report import figures
 from spinfold.report.document import Chart, Section, render
-from spinfold.report.page import WIRE_TITLES, outlier_panels, surfaces
+from spinfold.report.outlier_sections import WIRE_TITLES, outlier_panels, surfaces
 from spinfold.report.tables import ABSENT, human_seconds, perplexity_text
 
 __all__ = ["build_inspection", "place_rows", "place_titles", "spike_rows"]

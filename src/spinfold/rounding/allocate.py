@@ -1,11 +1,14 @@
-"""Bits per weight, spent where they save most error: the widths of a network's linears under one budget.
+"""Bits per weight, spent where they save most error: the grids of a network's linears under one budget.
 
-Each linear l costs B_l(b) bits at width b, scales and zero points included, and has the error
+Each linear l costs B_l(b) bits on grid b, scales and zero points included, and has the error
 
-    e_l(b) = tr(E H Eᵀ) / tr(W H Wᵀ)        E = W - Ŵ as GPTQ rounds it to b bits, H from the unrounded network
+    e_l(b) = tr(E H Eᵀ) / tr(W H Wᵀ)        E = W - Ŵ as GPTQ rounds it to b, H from the unrounded network
 
-Wanted are the widths with the least Σ e_l(b_l) of all with Σ B_l(b_l) ≤ budget. That is a knapsack with one choice per
-linear, solved by dynamic programming over what is spent: least[l, s] = min over b of e_l(b) + least[l - 1, s - B_l(b)].
+b are integers of 2 to 8 bits, or the recipe's `candidates`. Wanted are the grids with the least Σ e_l(b_l) of all with
+Σ B_l(b_l) ≤ budget. That is a knapsack with one choice per linear, solved by dynamic programming over what is spent:
+
+    least[l, s] = min over b of e_l(b) + least[l - 1, s - B_l(b)]
+
 The unit of s is the greatest common divisor of all costs, so the answer is exact, unless there would be more than 2^18
 units; then costs are rounded up to larger ones, and the budget holds all the same.
 
@@ -15,9 +18,10 @@ Shapes: L linears, S what may be spent, in units.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,17 +35,30 @@ from spinfold.rounding.hessian import energy
 from spinfold.rounding.matrix import round_matrix
 from spinfold.rounding.stream import Moments, Stream, moments_of
 
-__all__ = ["WIDTHS", "allocate", "meet_budget"]
+__all__ = ["WIDTHS", "allocate", "choices_of", "meet_budget"]
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 _MOST_UNITS = 1 << 18
+K = TypeVar("K", bound=Hashable)
 
 
-def allocate(costs: Sequence[Mapping[int, int]], errors: Sequence[Mapping[int, float]], budget: int) -> list[int]:
-    """The width of each linear with the least sum of `errors` whose `costs`, in bits, are at most `budget` together.
+def choices_of(linear: str, recipe: Recipe) -> list[Override]:
+    """The grids that a linear may have under a budget: one, if an override names it."""
+    if recipe.names_grid(linear):
+        return [Override(match=linear)]
+    usual = ("int",) if recipe.format == "int" else dict.fromkeys((recipe.format, "mxfp6", "mxfp8"))
+    choices: list[Override] = []
+    for name in recipe.candidates or usual:
+        format = None if name == recipe.format == "int" else name
+        choices += [Override(match=linear, format=format, bits=b) for b in (WIDTHS if name == "int" else (None,))]
+    return choices
 
-    Both map a width to a number, for each linear those that it may have. Raises SpinfoldError if the least costs are
-    too much. Of equal sums the one with the narrower last linears wins.
+
+def allocate(costs: Sequence[Mapping[K, int]], errors: Sequence[Mapping[K, float]], budget: int) -> list[K]:
+    """The grid of each linear with the least sum of `errors` whose `costs`, in bits, are at most `budget` together.
+
+    Both map a grid to a number, for each linear those that it may have. Raises SpinfoldError if the least costs are
+    too much. Of equal sums the one with the cheaper last linears wins.
     """
     least = sum(min(cost.values()) for cost in costs)
     if least > budget:
@@ -58,72 +75,61 @@ def allocate(costs: Sequence[Mapping[int, int]], errors: Sequence[Mapping[int, f
     choices: list[Tensor] = []
     for cost, error in zip(costs, errors, strict=True):
         ways_WS = torch.full((len(cost), len(least_S)), torch.inf, dtype=torch.float64)
-        for way_S, width in zip(ways_WS, sorted(cost), strict=True):
+        for way_S, width in zip(ways_WS, sorted(cost, key=cost.__getitem__), strict=True):
             spent = -(-cost[width] // unit)
             way_S[spent:] = least_S[: max(0, len(least_S) - spent)] + error[width]
         least_S, choice_S = ways_WS.min(0)
         choices.append(choice_S.to(torch.int8))
-    widths: list[int] = []
+    widths: list[K] = []
     left = len(least_S) - 1
     for cost, choice_S in zip(reversed(costs), reversed(choices), strict=True):
-        widths.append(sorted(cost)[int(choice_S[left])])
+        widths.append(sorted(cost, key=cost.__getitem__)[int(choice_S[left])])
         left -= -(-cost[widths[-1]] // unit)
     return widths[::-1]
 
 
 @dataclass
 class _Sensitivity:
-    """Of one linear, or of all experts' in a layer: bits and squared error by width, and the squared output."""
+    """Of one linear, or of all experts' in a layer: bits and squared error by grid, and the squared output."""
 
-    costs: dict[int, int] = field(default_factory=dict)
-    errors: dict[int, float] = field(default_factory=dict)
+    costs: dict[Override, int] = field(default_factory=dict)
+    errors: dict[Override, float] = field(default_factory=dict)
     output: float = 0.0
     weights: int = 0
 
 
 def meet_budget(network: Network, recipe: Recipe, ids_NT: Tensor, *, progress: Progress | None = None) -> Recipe:
-    """The recipe with an override for each linear; itself, if it has no budget or every width is named already.
+    """The recipe with an override for each linear; itself, if it has no budget or every grid is named already.
 
-    The network, whose weights are not rounded yet, stays as it is. A linear whose width an override names keeps it.
+    The network, whose weights are not rounded yet, stays as it is. A linear whose grid an override names keeps it.
     Raises SpinfoldError if the budget can't be met.
     """
     names = dict.fromkeys(f"layers.{x.layer}.{x.role}" for layer in network.layers for x in layer.linears.values())
-    fixed = {name: bits for name in names if (bits := recipe.fixed_bits(name))}
-    if recipe.budget is None or recipe.weight_format is None or len(fixed) == len(names):
+    if recipe.budget is None or recipe.weight_format is None or all(map(recipe.names_grid, names)):
         return recipe
-    found = _measure(network, recipe, fixed, ids_NT, progress or Quiet())
+    found = _measure(network, recipe, ids_NT, progress or Quiet())
     weights = sum(one.weights for one in found.values())
     relative = [{b: error / (one.output or 1.0) for b, error in one.errors.items()} for one in found.values()]
-    widths = allocate([one.costs for one in found.values()], relative, math.floor(recipe.budget * weights))
-    chosen = [Override(match=name, bits=width) for name, width in zip(found, widths, strict=True)]
-    return recipe.with_(overrides=(*recipe.overrides, *chosen))
+    chosen = allocate([one.costs for one in found.values()], relative, math.floor(recipe.budget * weights))
+    return recipe.with_(overrides=(*recipe.overrides, *(one for one in chosen if one != Override(match=one.match))))
 
 
 @torch.no_grad()
-def _measure(
-    network: Network, recipe: Recipe, fixed: Mapping[str, int], ids_NT: Tensor, progress: Progress
-) -> dict[str, _Sensitivity]:
-    """What each linear costs, and how much it errs, at each width that it may have."""
+def _measure(network: Network, recipe: Recipe, ids_NT: Tensor, progress: Progress) -> dict[str, _Sensitivity]:
+    """What each linear costs, and how much it errs, on each grid that it may have."""
     plain = recipe.with_(rounding__method="rtn" if recipe.rounding.method == "rtn" else "gptq")
     found: dict[str, _Sensitivity] = {}
     stream = Stream(network, ids_NT, recipe.compute)
     with progress.stage("measure sensitivity", total=len(network.layers)) as bar:
         for layer in network.layers:
             with layer.present():
-                _measure_layer(layer, recipe, plain, fixed, stream, found)
+                _measure_layer(layer, plain, stream, found)
                 stream.pass_through(layer)
             bar.advance()
     return found
 
 
-def _measure_layer(
-    layer: Layer,
-    recipe: Recipe,
-    plain: Recipe,
-    fixed: Mapping[str, int],
-    stream: Stream,
-    found: dict[str, _Sensitivity],
-) -> None:
+def _measure_layer(layer: Layer, recipe: Recipe, stream: Stream, found: dict[str, _Sensitivity]) -> None:
     for wire, linears in layer.groups.items():
         experts = dict.fromkeys(x.expert for x in linears)
         for expert, moments in moments_of(stream, layer, wire, experts):
@@ -132,16 +138,16 @@ def _measure_layer(
                 one = found.setdefault(name, _Sensitivity())
                 one.output += energy(w_OI, moments.hessian_II)
                 one.weights += w_OI.numel()
-                widths = [fixed[name]] if name in fixed else WIDTHS
-                trial = partial(_try_width, name, w_OI, moments, plain)
-                for width, (error, bits) in zip(widths, dealt(widths, trial), strict=True):
-                    one.errors[width] = one.errors.get(width, 0.0) + error
-                    one.costs[width] = one.costs.get(width, 0) + bits
+                choices = choices_of(name, recipe)
+                trial = partial(_try_grid, w_OI, moments, recipe)
+                for choice, (error, bits) in zip(choices, dealt(choices, trial), strict=True):
+                    one.errors[choice] = one.errors.get(choice, 0.0) + error
+                    one.costs[choice] = one.costs.get(choice, 0) + bits
 
 
-def _try_width(name: str, w_OI: Tensor, moments: Moments, recipe: Recipe, width: int) -> tuple[float, int]:
-    """The squared error of a linear at a width, and what it takes, in bits."""
-    fmt = recipe.weight_format_of(name, bits=width)
+def _try_grid(w_OI: Tensor, moments: Moments, recipe: Recipe, choice: Override) -> tuple[float, int]:
+    """The squared error of a linear on a grid, and what it takes, in bits."""
+    fmt = recipe.weight_format_of(choice.match, choice)
     assert fmt is not None
     rounded, _ = round_matrix(w_OI, moments, fmt, recipe)
     error = energy(w_OI - rounded.dequantize(), moments.hessian_II)

@@ -1,11 +1,14 @@
 """Learned rounding (AutoRound, arXiv 2309.05516): which way each weight is rounded, for the output of the whole layer.
 
-    Ŵ = s c (clamp(round(W / (s c) + V) + z) - z)        V in [-1/2, 1/2] per weight, c in [1/2, 3/2] per group
+    integers    Ŵ = s c (clamp(round(W / (s c) + V) + z) - z)     V in [-1/2, 1/2] per weight, c in [1/2, 3/2] per group
+    floats      Ŵ = s c sat(d round(W / (s c d) + V))             d how far apart the elements around W / (s c) are
 
-starts from V = 0, c = 1, which is rounding to nearest, and descends on |layer(x; Ŵ) - y|², straight through the
+so a weight goes to one of the two elements beside it, and s c is rounded as its format stores scales. It starts from
+V = 0, c = 1, which is rounding to nearest, and descends on |layer(x; Ŵ) - y|², straight through the
 rounding, by the signs of the gradients: V, c ← V, c - r sign(∇), with r falling linearly from 1 / steps to zero. x are
 inputs from the rounded layers before, y is what the unrounded network has behind this layer. The authors' range has two
-factors, for its two ends; here c moves both, so that z stays.
+factors, for its two ends; here c moves both, so that z stays, and moves AMXFP4's scales of both signs. NVFP4's scale of
+the scales stays, too.
 
 The error over all windows is measured at the start and ten times more, and the least one wins.
 
@@ -24,7 +27,7 @@ from torch.func import functional_call
 
 from spinfold.compute import precision
 from spinfold.distributed import add_up, everyones, rank
-from spinfold.formats import ClipSearch, Format, IntFormat, QuantizedWeight, fit_grid
+from spinfold.formats import ClipSearch, FloatFormat, Format, IntFormat, QuantizedWeight, fit_grid
 from spinfold.networks import Layer, Linear
 from spinfold.recipe import Rounding
 
@@ -42,30 +45,52 @@ class _Learned:
         self.v_OI = torch.zeros_like(self.w_OI, requires_grad=True)
         self.c_OG = torch.ones_like(self.grid.scale_OG, dtype=torch.float32, requires_grad=True)
 
-    def scale_OG(self) -> Tensor:
-        """s c, rounded as it will be stored."""
-        scale_OG = self.grid.scale_OG.float() * self.c_OG
-        return _straight_through(scale_OG, scale_OG.to(self.grid.scale_OG.dtype).float())
+    def moved(self) -> tuple[Tensor, Tensor | None]:
+        """Scales s c, rounded as they will be stored, and second numbers, `(O, G, 1)`."""
+        grid, second_OG = self.grid, self.grid.second_OG
 
-    def parts(self) -> tuple[Tensor, Tensor, Tensor | int]:
-        """Integers `(O, G, g)`, scales `(O, G, 1)` and zero points, with gradients."""
-        fmt, zero_OG = self.grid.format, self.grid.zero_OG
-        assert isinstance(fmt, IntFormat)
-        scale_OG1, zero = self.scale_OG()[..., None], 0 if zero_OG is None else zero_OG.float()[..., None]
-        ratio_OGg = fmt.split(self.w_OI) / scale_OG1 + fmt.split(self.v_OI)
-        return (_straight_through(ratio_OGg, ratio_OGg.round()) + zero).clamp(fmt.low, fmt.high), scale_OG1, zero
+        def times_c(scale_OG: Tensor) -> Tensor:
+            moved_OG = scale_OG.float() * self.c_OG
+            return _straight_through(moved_OG, grid.format.nearest_scale(moved_OG.detach(), scale_OG.dtype))
+
+        if second_OG is not None:
+            by_sign = isinstance(grid.format, FloatFormat) and grid.format.by_sign
+            second_OG = times_c(second_OG) if by_sign else second_OG.float()
+        return times_c(grid.scale_OG)[..., None], None if second_OG is None else second_OG[..., None]
+
+    def elements(self, scale_OG1: Tensor, second_OG1: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Elements `(O, G, g)` and what each is a multiple of, with gradients: Ŵ is their product."""
+        fmt = self.grid.format
+        w_OGg, v_OGg = fmt.split(self.w_OI), fmt.split(self.v_OI)
+        if isinstance(fmt, IntFormat):
+            zero = 0 if second_OG1 is None else second_OG1
+            ratio_OGg = w_OGg / scale_OG1 + v_OGg
+            q_OGg = (_straight_through(ratio_OGg, ratio_OGg.round()) + zero).clamp(fmt.low, fmt.high) - zero
+            return q_OGg, scale_OG1
+        assert isinstance(fmt, FloatFormat)
+        largest, step_OGg = fmt.elements.largest, fmt.step_of(w_OGg, scale_OG1, second_OG1)
+        ratio_OGg = w_OGg / step_OGg.masked_fill(step_OGg == 0, torch.inf)
+        gap_OGg = fmt.elements.step_at(ratio_OGg.detach().clamp(-largest, largest))
+        place_OGg = ratio_OGg / gap_OGg + v_OGg
+        return (_straight_through(place_OGg, place_OGg.round()) * gap_OGg).clamp(-largest, largest), step_OGg
 
     def weight_OI(self) -> Tensor:
         """Ŵ, with gradients."""
-        q_OGg, scale_OG1, zero = self.parts()
-        return ((q_OGg - zero) * scale_OG1).flatten(1)
+        q_OGg, step_OGg = self.elements(*self.moved())
+        return (q_OGg * step_OGg).flatten(1)
 
     @torch.no_grad()
     def settled(self) -> QuantizedWeight:
         """Ŵ on its grid."""
-        grid, (q_OGg, _, _) = self.grid, self.parts()
-        scale_OG = self.scale_OG().to(grid.scale_OG.dtype)
-        return QuantizedWeight(q_OGg.flatten(1).to(grid.format.dtype), scale_OG, grid.zero_OG, grid.format)
+        fmt, (scale_OG1, second_OG1) = self.grid.format, self.moved()
+        q_OGg, _ = self.elements(scale_OG1, second_OG1)
+        if not isinstance(fmt, IntFormat):
+            q_OGg = q_OGg.copysign(fmt.split(self.w_OI))  # a zero, too, has the sign of its weight
+        elif second_OG1 is not None:
+            q_OGg = q_OGg + second_OG1
+        second_OG = None if second_OG1 is None else second_OG1.squeeze(-1)
+        stored = fmt.stored(scale_OG1.squeeze(-1), second_OG, self.grid.scale_OG.dtype)
+        return QuantizedWeight(fmt.encode(q_OGg.flatten(1)), *stored, fmt)
 
     def gradients(self) -> list[Tensor]:
         """Those of V and c; zeros if no window was seen."""

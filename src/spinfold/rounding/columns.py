@@ -23,6 +23,8 @@ from spinfold.kernels import kernels_run_on
 
 __all__ = ["round_block", "round_columns"]
 
+_COLUMNS_AT_ONCE = 32
+
 
 def round_columns(
     w_OI: Tensor,
@@ -112,7 +114,13 @@ def _round_block(
 
         if len(w_BO) <= MAX_BLOCK:
             return round_block_by_kernel(w_BO, u_BB, scale_BO, second_BO, fmt, base_BO)
-    return round_block(w_BO, u_BB, scale_BO, second_BO, fmt, base_BO)
+    parts = []
+    for low in range(0, len(w_BO), _COLUMNS_AT_ONCE):  # the fewer, the less a column's error has to be added to
+        at = slice(low, low + _COLUMNS_AT_ONCE)
+        second, base = (None if t_BO is None else t_BO[at] for t_BO in (second_BO, base_BO))
+        parts.append(round_block(w_BO[at], u_BB[at, at], scale_BO[at], second, fmt, base))
+        w_BO[at.stop :].addmm_(u_BB[at, at.stop :].T, parts[-1], alpha=-1)
+    return torch.cat(parts)
 
 
 def round_block_by_kernel(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from spinfold.formats import ClipSearch, Format, QuantizedWeight
 from spinfold.rounding.gptq import GPTQReport, gptq, live_problem
-from spinfold.rounding.hessian import energy, inverse_factor
+from spinfold.rounding.hessian import energy_O, inverse_factor
 from spinfold.rounding.nearest import round_nearest
 
 __all__ = ["asymmetric_target", "gptaq"]
@@ -51,9 +51,10 @@ def gptaq(
     target_OI = asymmetric_target(w_OI, hessian_II, drift_II, alpha=alpha, damp=damp)
     rounded, report = gptq(target_OI, hessian_II, fmt, damp=damp, search=search, scale_dtype=scale_dtype, **options)
     nearest_OI = round_nearest(w_OI, fmt, search, scale_dtype=scale_dtype).dequantize(target_OI.dtype)
-    total = energy(target_OI, hessian_II)
-    nearest_error = energy(target_OI - nearest_OI, hessian_II) / total if total else 0.0
-    return rounded, replace(report, nearest_error=nearest_error)
+    error_O, _, total_O = report.energy_3O
+    energy_3O = torch.stack([error_O, energy_O(target_OI - nearest_OI, hessian_II), total_O])
+    _, nearest_error, total = energy_3O.sum(1).tolist()
+    return rounded, replace(report, nearest_error=nearest_error / total if total else 0.0, energy_3O=energy_3O)
 
 
 def asymmetric_target(

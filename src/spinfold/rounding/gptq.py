@@ -14,7 +14,7 @@ Shapes: O out features, I in features, G groups of g.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from spinfold.errors import SpinfoldError
 from spinfold.formats import ClipSearch, Format, Grid, QuantizedWeight, fit_grid
 from spinfold.formats.base import compute_dtype, extent
 from spinfold.rounding.columns import round_columns
-from spinfold.rounding.hessian import HessianAccumulator, InverseFactor, energy, inverse_factor
+from spinfold.rounding.hessian import HessianAccumulator, InverseFactor, energy_O, inverse_factor
 
 __all__ = ["GPTQReport", "HessianAccumulator", "gptq", "live_problem", "report_of"]
 
@@ -34,7 +34,8 @@ class GPTQReport:
     """How well it went.
 
     `error`: tr(E H Eᵀ) / tr(W H Wᵀ) with E = W - Ŵ; `nearest_error`: the same for rounding to nearest on
-    the grid of the original weights. `damping`: the multiple of mean(diag H) that was added to H.
+    the grid of the original weights; `energy_3O`: row by row, both numerators and the denominator. `damping`: the
+    multiple of mean(diag H) that was added to H.
     `diagonal`: H was so indefinite that only its diagonal was used (the result is rounding to nearest).
     `dead_columns`: inputs that were always zero, whose weights were set to zero.
     """
@@ -44,6 +45,7 @@ class GPTQReport:
     damping: float
     diagonal: bool
     dead_columns: int
+    energy_3O: Tensor = field(compare=False, repr=False)
 
 
 @torch.no_grad()
@@ -137,11 +139,13 @@ def report_of(
     w_OI: Tensor, h_II: Tensor, rounded_OI: Tensor, nearest_OI: Tensor, factor: InverseFactor, num_dead: int
 ) -> GPTQReport:
     """How far two ways to round `w_OI` are from it."""
-    error, nearest_error, total = (energy(x_OI, h_II) for x_OI in (w_OI - rounded_OI, w_OI - nearest_OI, w_OI))
+    energy_3O = torch.stack([energy_O(x_OI, h_II) for x_OI in (w_OI - rounded_OI, w_OI - nearest_OI, w_OI)])
+    error, nearest_error, total = energy_3O.sum(1).tolist()
     return GPTQReport(
         error=error / total if total else 0.0,
         nearest_error=nearest_error / total if total else 0.0,
         damping=factor.damping,
         diagonal=factor.diagonal,
         dead_columns=num_dead,
+        energy_3O=energy_3O,
     )

@@ -18,7 +18,7 @@ from spinfold.compute import precision, products
 from spinfold.distributed import summed
 from spinfold.errors import SpinfoldError
 
-__all__ = ["HessianAccumulator", "InverseFactor", "energy", "inverse_factor"]
+__all__ = ["HessianAccumulator", "InverseFactor", "energy", "energy_O", "inverse_factor"]
 
 K = TypeVar("K", bound=Hashable)
 
@@ -71,9 +71,16 @@ def _square(x_TI: Tensor) -> Tensor:
     """xᵀx in fp32: on a GPU from two TF32 products, which take a third of the time of one with IEEE arithmetic.
 
     With x = h + l, h the leading 11 bits, it is hᵀh + s + sᵀ, s = hᵀl; what is left out, lᵀl, is 2^-22 of it.
+    Elsewhere five eighths of it are computed, and the rest is their mirror image.
     """
     if not x_TI.is_cuda:
-        return x_TI.T @ x_TI
+        size = x_TI.shape[1]
+        square_II = x_TI.new_empty(size, size)
+        for low in range(0, size, step := max(1, -(-size // 4))):
+            rows_PI = torch.mm(x_TI[:, low : low + step].T, x_TI[:, low:])
+            square_II[low : low + step, low:] = rows_PI
+            square_II[low:, low : low + step] = rows_PI.T
+        return square_II
     h_TI = leading_bits(x_TI)
     with products("tf32"):
         square_II, s_II = h_TI.T @ h_TI, h_TI.T @ (x_TI - h_TI)
@@ -85,10 +92,25 @@ def leading_bits(x: Tensor) -> Tensor:
     return (x.contiguous().view(torch.int32) & -(1 << 13)).view(torch.float32)
 
 
-def energy(x_OI: Tensor, hessian_II: Tensor) -> float:
-    """tr(X H Xᵀ), the mean squared output of a weight `x_OI`."""
+def energy_O(x_OI: Tensor, hessian_II: Tensor) -> Tensor:
+    """The diagonal of X H Xᵀ, fp64: the mean squares of the outputs of a weight `x_OI`.
+
+    On a CPU without the blocks of H below its diagonal, which count as those above.
+    """
+    size, h_II = len(hessian_II), hessian_II.to(x_OI.dtype)
+    step = max(1, size if x_OI.is_cuda else -(-size // 4))
+    sums_O = torch.zeros(len(x_OI), dtype=torch.float64, device=x_OI.device)
     with precision("fp32", x_OI.device):
-        return float(((x_OI @ hessian_II.to(x_OI.dtype)) * x_OI).sum(dtype=torch.float64))
+        for low in range(0, size, step):
+            y_OJ = x_OI[:, low : low + step] @ h_II[low : low + step, low:]
+            y_OJ[:, step:] *= 2
+            sums_O += y_OJ.mul_(x_OI[:, low:]).sum(1, dtype=torch.float64)
+    return sums_O
+
+
+def energy(x_OI: Tensor, hessian_II: Tensor) -> float:
+    """tr(X H Xᵀ), their sum."""
+    return float(energy_O(x_OI, hessian_II).sum())
 
 
 @dataclass(frozen=True)
@@ -118,7 +140,7 @@ def inverse_factor(hessian_II: Tensor, damp: float) -> InverseFactor:
         l_II.diagonal().add_(damp * mean)
         l_II, failed_at = torch.linalg.cholesky_ex(l_II)
         if not failed_at:
-            u_II = torch.linalg.solve_triangular(l_II, _identity(h_II), upper=False)
+            u_II = _inverse(l_II)
             del l_II
             u_II = u_II.flip(0, 1)
             if u_II.isfinite().all():
@@ -126,6 +148,21 @@ def inverse_factor(hessian_II: Tensor, damp: float) -> InverseFactor:
         if damp >= 1:
             return InverseFactor(_identity(h_II), damp, diagonal=True)
         damp = min(1.0, max(0.001, damp) * 10)
+
+
+def _inverse(l_II: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix; on a CPU in blocks, with two thirds of the operations.
+
+    [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [-C⁻¹ B A⁻¹, C⁻¹]]
+    """
+    half = len(l_II) // 2
+    if half < 64 or l_II.is_cuda:
+        return torch.linalg.solve_triangular(l_II, _identity(l_II), upper=False)
+    inverse_II = torch.zeros_like(l_II)
+    a_JJ, c_KK = _inverse(l_II[:half, :half]), _inverse(l_II[half:, half:])
+    inverse_II[:half, :half], inverse_II[half:, half:] = a_JJ, c_KK
+    inverse_II[half:, :half] = (c_KK @ (l_II[half:, :half] @ a_JJ)).neg_()
+    return inverse_II
 
 
 def _identity(like_II: Tensor) -> Tensor:

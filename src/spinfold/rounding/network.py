@@ -7,6 +7,8 @@ linear that reads it is rounded. Learned rounding takes a layer as a whole. What
     hessian    the second moment of the wire              (`stream`)
     original   the same tokens in the unrounded network: a second stream, through a copy of each layer
 
+Rounding to nearest needs neither: a few windows are passed through for its errors alone.
+
 Shapes: N windows, T tokens, B windows per batch, D residual width, O out features, I in features.
 """
 
@@ -27,10 +29,11 @@ from spinfold.progress import Progress, Quiet
 from spinfold.recipe import Recipe
 from spinfold.rounding.allocate import meet_budget
 from spinfold.rounding.autoround import autoround
-from spinfold.rounding.matrix import round_matrix
+from spinfold.rounding.matrix import measure, round_matrix
+from spinfold.rounding.nearest import round_nearest
 from spinfold.rounding.stream import Moments, Stream, copy_layer, moments_of
 
-__all__ = ["ROUNDINGS", "RoundedLinear", "round_network"]
+__all__ = ["MEASURED_WINDOWS", "ROUNDINGS", "RoundedLinear", "round_network"]
 
 ROUNDINGS: Mapping[str, tuple[str, ...]] = {
     "rtn": (),
@@ -40,13 +43,15 @@ ROUNDINGS: Mapping[str, tuple[str, ...]] = {
     "autoround": ("original",),
 }
 """What each rounding needs besides the weight."""
+MEASURED_WINDOWS = 2
+"""Windows on which rounding to nearest measures its errors."""
 
 
 @dataclass(frozen=True)
 class RoundedLinear:
-    """One linear, by its key in the layer, on its grid. `error` and `nearest_error` are relative squared output
+    """One linear, by its key in the layer, on its grid. `error` and `nearest_error` are its relative squared output
     errors, tr(E H E^T) / tr(W H W^T), of this rounding and of rounding to nearest; None if nothing was measured. Those
-    of `gptaq` are taken from its own target, those of `autoround` are the whole layer's."""
+    of `gptaq` are taken from its own target."""
 
     layer: int
     key: str
@@ -65,6 +70,11 @@ class RoundedLinear:
         """Such as `down`, whichever expert it is."""
         return self.key.partition("@")[0]
 
+    @property
+    def expert(self) -> int | None:
+        """The 5 of `down@5`."""
+        return int(number) if (number := self.key.partition("@")[2]) else None
+
 
 def round_network(
     network: Network,
@@ -79,9 +89,9 @@ def round_network(
     Where a layer is not on the device for good, the list that was yielded is kept, to be put in place in each turn: its
     elements may be replaced by the same that lie elsewhere.
 
-    `ids_NT` are the calibration windows; `rtn` alone needs none. `done` holds the first layers of an earlier run with
-    the same arguments: they are put in place, not rounded again, and the rest comes out as it would have. A budget is
-    met first (`allocate.meet_budget`).
+    `ids_NT` are the calibration windows; `rtn` alone needs none, and has no errors then. `done` holds the first layers
+    of an earlier run with the same arguments: they are put in place, not rounded again, and the rest comes out as it
+    would have. A budget is met first (`allocate.meet_budget`).
     """
     progress = progress or Quiet()
     if recipe.budget is not None:
@@ -89,10 +99,11 @@ def round_network(
         recipe = meet_budget(network, recipe, ids_NT, progress=progress)
     settings = recipe.rounding
     with progress.stage(f"round weights ({settings.method})", total=len(network.layers)) as bar:
-        if ROUNDINGS[settings.method] or settings.absorb is not None:
-            assert ids_NT is not None
-            layers = _on_data(network, recipe, ids_NT, done)
+        needs_data = ROUNDINGS[settings.method] or settings.absorb is not None
+        if ids_NT is not None:
+            layers = _on_data(network, recipe, ids_NT if needs_data else ids_NT[:MEASURED_WINDOWS], done)
         else:
+            assert not needs_data
             layers = _on_weights(network, recipe, done)
         for i, rounded in enumerate(layers):
             if i >= len(done):
@@ -141,35 +152,49 @@ def _on_data(
             original = (unrounded.copy(), copy_layer(layer)) if unrounded and drifts else None
             if unrounded:
                 unrounded.pass_through(layer)
+            passed = False
             if layer.index < len(done):
                 rounded = done[layer.index]
             elif recipe.rounding.method == "autoround":
                 assert unrounded is not None
                 rounded = _learn_layer(layer, recipe, stream, unrounded.batches)
             else:
-                rounded = _round_layer(layer, recipe, stream, original)
+                passed = stream.is_one_batch and original is None
+                rounded = _round_layer(layer, recipe, stream, original, in_passing=passed)
             yield _settle(layer, rounded)
-            if layer.index + 1 < len(network.layers):
+            if layer.index + 1 < len(network.layers) and not passed:
                 stream.pass_through(layer)
 
 
 def _round_layer(
-    layer: Layer, recipe: Recipe, stream: Stream, original: tuple[Stream, Layer] | None
+    layer: Layer, recipe: Recipe, stream: Stream, original: tuple[Stream, Layer] | None, in_passing: bool
 ) -> list[RoundedLinear]:
-    """Wire by wire, each on what the linears before it have become."""
+    """Wire by wire, each on what the linears before it have become; `in_passing` takes the stream through the layer."""
     rounded: list[RoundedLinear] = []
-    for wire, linears in layer.groups.items():
+    groups = layer.groups
+
+    def round_behind(wire: str) -> None:
+        linears = groups[wire]
         experts = dict.fromkeys(x.expert for x in linears)
         moments = moments_of(stream, layer, wire, experts, original)
         jobs = ((alike, one) for expert, one in moments for alike in _alike(linears, expert, recipe))
         group = list(chain.from_iterable(dealt(jobs, lambda job: _round_alike(*job, recipe))))
         _place(layer, group)
-        rounded += group
+        rounded.extend(group)
+
+    if in_passing:
+        stream.stop_at(layer, groups, round_behind)
+    else:
+        for wire in groups:
+            round_behind(wire)
     return rounded
 
 
 def _alike(linears: Sequence[Linear], expert: int | None, recipe: Recipe) -> Iterable[list[Linear]]:
-    """Those of an expert by their format."""
+    """Those of an expert by their format; each by itself where the inputs have no say."""
+    alone = recipe.rounding.method == "rtn" and recipe.rounding.absorb is None
+    if alone:
+        return [[linear] for linear in linears if linear.expert == expert]
     readers: dict[Format, list[Linear]] = {}
     for linear in linears:
         if linear.expert == expert:
@@ -181,15 +206,14 @@ def _round_alike(linears: Sequence[Linear], moments: Moments | None, recipe: Rec
     """Linears of one format that share their statistics are rounded as one matrix and taken apart again."""
     w_OI = torch.cat([linear.weight_OI for linear in linears])
     whole, errors = round_matrix(w_OI, moments, _format_of(linears[0], recipe), recipe)
-    parts = whole.split([len(linear.weight_OI) for linear in linears])
-    return [
-        RoundedLinear(x.layer, x.key, part, errors.error, errors.nearest_error, errors.damping)
-        for x, part in zip(linears, parts, strict=True)
-    ]
+    sizes = [len(linear.weight_OI) for linear in linears]
+    parts = zip(linears, whole.split(sizes), errors.split(sizes), strict=True)
+    return [RoundedLinear(x.layer, x.key, part, *numbers) for x, part, numbers in parts]
 
 
 def _learn_layer(layer: Layer, recipe: Recipe, stream: Stream, wanted: Sequence[Tensor]) -> list[RoundedLinear]:
-    weights, error, nearest_error = autoround(
+    """All of them at once; the errors of each are those that the other back-ends would report."""
+    weights, _, _ = autoround(
         layer,
         {key: _format_of(linear, recipe) for key, linear in layer.linears.items()},
         stream.batches,
@@ -201,7 +225,18 @@ def _learn_layer(layer: Layer, recipe: Recipe, stream: Stream, wanted: Sequence[
         scale_dtype=recipe.scale_dtype,
         mode=stream.mode,
     )
-    return [RoundedLinear(layer.index, key, weight, error, nearest_error) for key, weight in weights.items()]
+    linears = layer.linears
+    before = {key: linear.weight_OI.clone() for key, linear in linears.items()}
+    _place(layer, [RoundedLinear(layer.index, key, weight) for key, weight in weights.items()])
+    rounded: list[RoundedLinear] = []
+    for wire, readers in layer.groups.items():
+        for expert, moments in moments_of(stream, layer, wire, dict.fromkeys(x.expert for x in readers)):
+            for key in (x.key for x in readers if x.expert == expert):
+                w_OI, format = before[key], _format_of(linears[key], recipe)
+                nearest = round_nearest(w_OI, format, recipe.clip_search, scale_dtype=recipe.scale_dtype)
+                errors = measure(w_OI, moments.hessian_II, weights[key], nearest).split([len(w_OI)])
+                rounded.append(RoundedLinear(layer.index, key, weights[key], *errors[0]))
+    return rounded
 
 
 def _format_of(linear: Linear, recipe: Recipe) -> Format:

@@ -12,9 +12,10 @@ Shapes: N windows, T tokens, B windows per batch, D residual width, I in feature
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from spinfold import networks
 from spinfold.compute import precision
-from spinfold.distributed import share
+from spinfold.distributed import share, world
 from spinfold.networks import Layer, Network
 from spinfold.rounding.hessian import HessianAccumulator
 
@@ -47,10 +48,41 @@ class Stream(networks.Stream):
         tokens = _TOKENS_PER_BATCH.get(network.device.type, 4096)
         tokens = min(tokens, _MOST_NUMBERS // max(layer.mlp_width for layer in network.layers))
         super().__init__(network, ids_NT, compute, tokens, share(len(ids_NT)))
+        self._at: tuple[str, tuple[Tensor, Tensor | None]] | None = None
+
+    @property
+    def is_one_batch(self) -> bool:
+        """Are all tokens together, so that they can wait at a wire?"""
+        return len(self.batches) == 1 and world() == 1
+
+    def stop_at(self, layer: Layer, wires: Iterable[str], act: Callable[[str], None]) -> None:
+        """`pass_through` for one batch, with `act(wire)` when it has come there: `on_wire` has what the wire carries at
+        hand, and linears behind it may be changed.
+        """
+        assert self.is_one_batch
+        left = set(wires)
+
+        def stop(wire: str, _: nn.Module, args: tuple[Tensor, ...], x: Tensor) -> None:
+            if wire in left:
+                left.remove(wire)
+                self._at = wire, (x.float(), args[1] if len(args) > 1 else None)
+                with precision("fp32", self.device):
+                    act(wire)
+                self._at = None
+
+        handles = [layer.wire(wire).register_forward_hook(partial(stop, wire)) for wire in left]
+        try:
+            self.pass_through(layer)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def on_wire(self, layer: Layer, wire: str) -> Iterator[tuple[Tensor, Tensor | None]]:
         """What a wire of the next layer carries, fp32, and on the wires of experts which of them a token meets,
         `(T, K)`; the rest of the layer does not run."""
+        if self._at is not None and self._at[0] == wire:
+            yield self._at[1]
+            return
         seen: list[tuple[Tensor, Tensor | None]] = []
 
         def note(_: nn.Module, args: tuple[Tensor, ...], x: Tensor) -> None:

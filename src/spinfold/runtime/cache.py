@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from spinfold.errors import SpinfoldError
-from spinfold.formats import CacheFormat, IntFormat
+from spinfold.formats import CacheFormat, Format
 from spinfold.formats.base import compute_dtype
 from spinfold.networks import Attended, Rope
 
@@ -40,7 +40,7 @@ class QuantizeCache(nn.Module):
     @property
     def exact_format(self) -> CacheFormat:
         """The format with the clip ratios of the quantizers."""
-        key, value = (None if op is None else cast(IntFormat, op.format) for op in (self.key, self.value))
+        key, value = (None if op is None else cast(Format, op.format) for op in (self.key, self.value))
         return replace(self.format, key=key, value=value)
 
     def forward(self, seen: Attended) -> Attended:

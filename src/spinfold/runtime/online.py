@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Self, cast
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from spinfold.formats import Format, IntFormat, fake_quantize
+from spinfold.formats import Format, fake_quantize
+from spinfold.formats.cache import tokens_of
 from spinfold.maps import BlockDiagonal, Map, SiteMaps
 from spinfold.networks import Layer, Network
 from spinfold.recipe import Recipe
@@ -95,15 +96,15 @@ class QuantizeChannels(Quantize):
         return y if self.map is None else self.map.inverse().apply(y)
 
 
-def cache_quantizer(format: IntFormat) -> type[Quantize]:
-    """The op for keys or values of this format, whose group size counts tokens (`formats.cache`)."""
-    return QuantizeChannels if format.group_size else Quantize
+def cache_quantizer(format: Format) -> type[Quantize]:
+    """The op for keys or values of this format; a group size of integers counts tokens (`formats.cache`)."""
+    return QuantizeChannels if tokens_of(format) else Quantize
 
 
 def quantized_wires(layer: Layer, recipe: Recipe, maps: SiteMaps) -> dict[str, tuple[Format, Map | None]]:
     """The wires of a layer that the recipe quantizes: the grid, and the map through which the quantizer acts.
 
-    A group size of keys or values counts tokens, not neighbours (`formats.cache`).
+    A group size of keys or values in integers counts tokens, not neighbours (`formats.cache`).
     """
     cache = recipe.kv_format
     value, query_key, down = (maps.at(site, layer.index) for site in ("value", "query_key", "down"))
@@ -141,7 +142,7 @@ def quantize_wires(
             ratio = (clips or {}).get(f"{layer.index}.{wire}", format.clip)
             clip = ratio if isinstance(ratio, Tensor) else None
             format = format if isinstance(ratio, Tensor) else replace(format, clip=ratio)
-            kind = cache_quantizer(cast(IntFormat, format)) if wire in ("key", "value") else Quantize
+            kind = cache_quantizer(format) if wire in ("key", "value") else Quantize
             ops[wire] = kind(format, map, clip=clip, scale_gradient=scale_gradient)
         if cache and not cache.by_token:
             ops["cache"] = QuantizeCache(cache, ops.pop("key", None), ops.pop("value", None), layer.rope)

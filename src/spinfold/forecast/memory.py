@@ -1,0 +1,68 @@
+"""How many bytes the parts of a run hold beside the networks: counted, not measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+from spinfold.forecast.machine import Machine
+from spinfold.forecast.seconds import calibration_tokens
+from spinfold.forecast.sizes import Sizes
+from spinfold.methods import METHODS
+from spinfold.recipe import Recipe
+from spinfold.rounding import MEASURED_WINDOWS
+
+__all__ = ["Bytes"]
+
+LOSS_CHUNK, LOSS_BYTES, TOKENS_PER_PASS = 4096, 1 << 30, 16384
+GRAPH_SHARE = 0.6
+"""Of the GPU memory that is free: a graph may take so much, or activations are recomputed."""
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """The formulas of memory."""
+
+    sizes: Sizes
+    recipe: Recipe
+    machine: Machine
+    in_files: bool
+
+    def _pass_tokens(self) -> int:
+        """Tokens that are back-propagated through at once; 0 if the method does not."""
+        fit, window = self.recipe.fit, self.recipe.fit.seq_len or self.recipe.calibration.seq_len
+        backprop = METHODS[self.recipe.method].needs_backprop
+        return max(1, min(fit.batch or 8, TOKENS_PER_PASS // window)) * window * backprop
+
+    def graph(self) -> float:
+        """What back-propagation through the decoder holds."""
+        n, tokens = self.sizes, self._pass_tokens()
+        per_layer = 4.0 * tokens * (5.5 * n.width + 3.5 * n.mlp_width)
+        again = n.layers * per_layer > GRAPH_SHARE * (self.machine.free_device_bytes or inf)
+        if again or self.in_files or self.recipe.fit.checkpointing:
+            return 4.0 * tokens * n.layers * n.width + per_layer
+        return n.layers * per_layer
+
+    def fit(self) -> float:
+        """The graph, the logits, and on a GPU the copy in bf16 that is computed with."""
+        copy = 2.0 * self.sizes.parameters * (self._pass_tokens() > 0 and self.machine.device == "cuda")
+        return copy + self.graph() + self.loss()
+
+    def loss(self) -> float:
+        """The logits of a chunk of tokens, and what a loss makes of them."""
+        words = self.sizes.words
+        return 5.75 * 4.0 * words * min(self._pass_tokens(), LOSS_CHUNK, LOSS_BYTES // (4 * words))
+
+    def rounding(self) -> float:
+        """The streams of all calibration windows, one or two, and the Hessian with its factors; less to nearest, which
+        only measures. Learned, the graph of a layer and, of its weights, offsets, gradients and copies."""
+        n, calibration, settings = self.sizes, self.recipe.calibration, self.recipe.rounding
+        if settings.method == "rtn" and settings.absorb is None and self.recipe.budget is None:
+            tokens = min(calibration.samples, MEASURED_WINDOWS) * calibration.seq_len
+            return 4.0 * tokens * n.width + 3 * 8.0 * n.widest**2
+        stream, layer = 4.0 * calibration_tokens(self.recipe) * n.width, 4.0 * n.linears / n.layers
+        if settings.method == "autoround":
+            tokens = min(settings.batch, calibration.samples) * calibration.seq_len
+            return 2 * stream + 4.0 * tokens * (11 * n.width + 7 * n.mlp_width) + 12 * layer
+        second = stream + layer if settings.method == "gptaq" else 0.0
+        return stream + second + 8 * 8.0 * n.widest**2

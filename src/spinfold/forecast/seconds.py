@@ -1,0 +1,134 @@
+"""How long the parts of a run take: products over the machine's rate of products, and passes over its rate of passes.
+
+The numbers of passes were measured once, on SmolLM2 on a CPU (docs/planning.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spinfold.forecast.machine import Machine
+from spinfold.forecast.sizes import Sizes
+from spinfold.methods import METHODS
+from spinfold.recipe import Recipe
+from spinfold.rounding import MEASURED_WINDOWS, choices_of
+
+__all__ = ["Seconds", "calibration_tokens"]
+
+
+def calibration_tokens(recipe: Recipe) -> float:
+    """Of all windows for the Hessians."""
+    return float(recipe.calibration.samples * recipe.calibration.seq_len)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """The formulas of time."""
+
+    sizes: Sizes
+    recipe: Recipe
+    machine: Machine
+
+    def passes(self, numbers: float) -> float:
+        return numbers / self.machine.passes
+
+    def forward(self, tokens: float, *, share: float = 1.0) -> float:
+        """The decoder without its head, or a share of each layer."""
+        n, window = self.sizes, self.recipe.calibration.seq_len
+        products = tokens * (2 * n.active + 2 * n.layers * window * n.score_width)
+        passes = 49 * tokens * n.layers * (n.width + n.mlp_width)
+        return share * (products / self.machine.products + self.passes(passes))
+
+    def head(self, tokens: float, times: int) -> float:
+        """Logits and what is made of them, once or twice."""
+        n = self.sizes
+        products = 2.0 * tokens * n.words * n.width * times
+        return products / self.machine.products_fp32 + self.passes(tokens * n.words * (10 if times == 1 else 77))
+
+    def outliers(self, tokens: float) -> float:
+        n = self.sizes
+        return self.forward(tokens) + self.passes(144 * tokens * n.layers * (n.width + n.mlp_width))
+
+    def fold(self) -> float:
+        """A copy, the products with the maps, and the proof."""
+        n = self.sizes
+        products = 2.0 * n.parameters * n.width / self.machine.products_fp64
+        return self.passes(40.0 * n.parameters) + products + 2 * self.forward(256)
+
+    def fit(self) -> float:
+        """End to end forward, backward and quantizers; layer by layer, products with the rotation."""
+        n, fit, calibration, method = self.sizes, self.recipe.fit, self.recipe.calibration, METHODS[self.recipe.method]
+        if method.needs_backprop:
+            steps = 100 if fit.steps is None else fit.steps
+            tokens = float((fit.batch or 8) * (fit.seq_len or calibration.seq_len))
+            network = self.forward(tokens) * (7 + 2 * fit.checkpointing) + 1.5 * self.head(tokens, 2)
+            return steps * (network + 60.0 * n.width**3 / self.machine.products_fp32)
+        if method.name in ("none", "quarot"):
+            return 0.0
+        steps = 300 if fit.steps is None else fit.steps
+        if method.needs_data:
+            captured, rows = self.forward(float(calibration.samples * calibration.seq_len)), fit.batch or 4096
+            products = 6.0 * rows * n.width**2 / self.machine.products_fp32
+            return captured + steps * (products + self.passes(65 * rows * n.width))
+        return steps * (6.0 * 3 * n.linears / n.layers * n.width / self.machine.products_fp32)
+
+    def rounding(self) -> float:
+        """The search of ranges; with a Hessian also its products, its factor, and the columns one after the other; for
+        a second stream its way through the network; learned, the steps through each layer."""
+        method, tokens = self.recipe.rounding.method, calibration_tokens(self.recipe)
+        if method == "autoround":
+            return self._search() + self.forward(2 * tokens) + self._learn()
+        if method == "rtn" and self.recipe.rounding.absorb is None:
+            share = min(1.0, MEASURED_WINDOWS / self.recipe.calibration.samples)
+            return self._search() + share * (self.forward(tokens, share=2.2) + self._hessians())
+        again = 2 if method == "gptaq" else 1  # statistics, factors and nearest weights of two kinds
+        seconds = self.forward(tokens, share=2.2 * again + (again - 1)) + again * (self._hessians() + self._search())
+        if method != "rtn":
+            seconds += again * self._factors() + self._columns() * (1 + self._passes_over_columns())
+        if self.recipe.rounding.absorb is not None:
+            seconds += self._absorb()
+        return seconds
+
+    def sensitivity(self) -> float:
+        """The error of each linear at each width, by GPTQ or to nearest."""
+        search, tokens = self._search(), calibration_tokens(self.recipe)
+        columns = 0.0 if self.recipe.rounding.method == "rtn" else self._factors() + self._columns()
+        grids = len(choices_of("", self.recipe))
+        return self.forward(tokens, share=3.2) + self._hessians() + grids * (search + columns)
+
+    def _search(self) -> float:
+        """The ranges of all weights; elements with an exponent take half as long again as integers."""
+        slower = 1.0 if self.recipe.format == "int" else 1.5
+        return slower * self.passes(self.sizes.linears * (604.0 if self.recipe.clip_search else 25.0))
+
+    def _hessians(self) -> float:
+        n = self.sizes
+        widths = 3 * n.width**2 + n.mlp_width**2
+        return 2.0 * calibration_tokens(self.recipe) * n.layers * widths / self.machine.products_fp32
+
+    def _factors(self) -> float:
+        n = self.sizes
+        return n.layers * (3 * n.width**3 + n.mlp_width**3) * 1.5 / self.machine.products_fp64
+
+    def _columns(self) -> float:
+        """One after the other; and the errors' way to the columns behind a block, as long as in the widest."""
+        n = self.sizes
+        return self.passes(450.0 * n.linears) + 8.0 * n.linears * n.mlp_width / self.machine.products_fp32
+
+    def _passes_over_columns(self) -> int:
+        return self.recipe.rounding.passes if self.recipe.rounding.method == "ldlq" else 0
+
+    def _absorb(self) -> float:
+        """The eigenvectors of each Hessian, and three solves a row in as many directions as a quarter of the inputs."""
+        n = self.sizes
+        vectors = 25.0 * n.layers * (3 * n.width**3 + n.mlp_width**3)
+        down = n.layers * n.width * n.mlp_width
+        solves = 0.4 * ((n.linears - down) * n.width**2 + down * n.mlp_width**2)
+        return (vectors + solves) / self.machine.products_fp64 + self._search()
+
+    def _learn(self) -> float:
+        """Each step forwards, backwards, and over the weights; the error on all windows, twelve times."""
+        settings, calibration = self.recipe.rounding, self.recipe.calibration
+        tokens = float(min(settings.batch, calibration.samples) * calibration.seq_len)
+        steps = settings.steps * (3 * self.forward(tokens) + self.passes(75.0 * self.sizes.linears))
+        return steps + 12 * (self.forward(calibration_tokens(self.recipe)) + self.passes(25.0 * self.sizes.linears))
