@@ -380,9 +380,9 @@ MEASURED: dict[int, Tiling] = {
 MEASURED_WHOLE: dict[int, Tiling] = {
     576: Tiling(48, 1, 16, 1, 2, 16),
     1536: Tiling(32, 1, 32, 1, 2, 16),
-    3072: Tiling(64, 1, 64, 4, 2, 6),
+    3072: Tiling(64, 1, 16, 1, 2, 16),
     4096: Tiling(64, 1, 64, 4, 1, 6),
-    5120: Tiling(128, 2, 64, 4, 2, 16),
+    5120: Tiling(64, 1, 64, 4, 2, 4),
     8192: Tiling(128, 2, 64, 4, 2, 4),
     9728: Tiling(128, 2, 64, 4, 2, 2),
     11008: Tiling(64, 1, 64, 4, 1, 2),
@@ -391,10 +391,10 @@ MEASURED_WHOLE: dict[int, Tiling] = {
 }
 MEASURED_FEW: dict[int, Tiling] = {
     576: Tiling(48, 1, 16, 4, 1, 1),
-    1536: Tiling(32, 1, 32, 4, 1, 1),
+    1536: Tiling(32, 1, 64, 4, 1, 1),
     3072: Tiling(64, 1, 64, 4, 1, 1),
     4096: Tiling(64, 1, 64, 4, 1, 1),
-    5120: Tiling(128, 2, 64, 4, 1, 1),
+    5120: Tiling(64, 1, 128, 8, 1, 1),
     8192: Tiling(64, 1, 128, 8, 1, 1),
     9728: Tiling(128, 2, 128, 8, 1, 1),
     11008: Tiling(64, 1, 64, 4, 1, 1),
