@@ -44,6 +44,8 @@ __all__ = [
     "write_whole",
 ]
 
+_LAST = {"proof.json": 1, "config.json": 2}
+"""What a checkpoint is known by, in the order in which it comes after all other files."""
 _LEFTOVER = re.compile(r"\..+\.\d+(\.part)?")
 """The hidden name, with a process id, that a file has while it is written."""
 
@@ -73,8 +75,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder for the body to fill, put in the place of `path` at once when it is done; on any error nothing remains.
 
-    `path` is new or an empty folder. An empty one is filled rather than replaced, config.json last: it may be a mount
-    point, or stand where nothing else may be made. What a killed process has left of the same folder is removed.
+    `path` is new or an empty folder. An empty one is filled rather than replaced, since it may be a mount point, or stand
+    where nothing else may be made; what readers look for comes last. What a killed process has left of the same folder
+    is removed.
     """
     path = path.resolve()
     occupied = path.is_dir()
@@ -91,7 +94,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             for entry in [*beside.rglob("*"), beside]:
                 _flush(entry)
             if occupied:
-                entries = sorted(beside.iterdir(), key=lambda entry: entry.name == "config.json")
+                entries = sorted(beside.iterdir(), key=lambda entry: _LAST.get(entry.name, 0))
                 moved.extend(entry.rename(path / entry.name) for entry in entries)
                 beside.rmdir()
             else:

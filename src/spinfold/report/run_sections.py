@@ -63,13 +63,13 @@ def rounding_sections(run: Data) -> list[Section]:
 def _errors_by_role(run: Data, keys: Mapping[str, str]) -> dict[str, dict[str, list[figures.Number]]]:
     """The error of each layer in decibels, by role and name of a series; of experts, which share a role, the mean."""
     entries = [entry for entry in items(run.get("rounding")) if isinstance(entry, Mapping)]
-    depth = 1 + max((int(entry["layer"]) for entry in entries), default=-1)
+    places = {layer: i for i, layer in enumerate(sorted({int(entry["layer"]) for entry in entries}))}
     found: dict[str, dict[str, list[list[float]]]] = {}
     for entry in entries:
         for name, key in keys.items():
             if (error := number(entry.get(key))) is not None:
-                layers = found.setdefault(str(entry["role"]), {}).setdefault(name, [[] for _ in range(depth)])
-                layers[int(entry["layer"])].append(error)
+                layers = found.setdefault(str(entry["role"]), {}).setdefault(name, [[] for _ in places])
+                layers[places[int(entry["layer"])]].append(error)
     return {
         role: {name: [figures.decibels(_mean(errors)) for errors in layers] for name, layers in of.items()}
         for role, of in found.items()
