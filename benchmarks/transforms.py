@@ -113,7 +113,7 @@ class Run:
         self.pool: ProcessPoolExecutor | None = None
         if ON_GPU:
             context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=context)
+            self.pool = ProcessPoolExecutor(max(1, min(16, os.cpu_count() or 2) - 2), mp_context=context)
 
     def note(self, what: str, error: str) -> None:
         """Keep an error and go on."""
