@@ -3,8 +3,9 @@
     python benchmarks/planning.py OUT --calibration train-paragraphs.txt [--device cuda] [--small] [--seconds 600]
 
 Both are commands of their own: a process predicts, the next one runs. Memory is the largest resident set that the
-system has seen of the run's process, GPU memory the most that was allocated, seconds the sum over stages. `--small`
-takes few windows and steps, for a CPU. Details are in OUT/planning.json; a run that fails leaves its reason.
+system has seen of the run's process, GPU memory the most that was allocated, seconds the sum over stages. What is done
+between the stages, outliers and folding, counts as `fit and fold`. `--small` takes few windows and steps, for a CPU.
+Details, the machine's rates among them, are in OUT/planning.json; a run that fails leaves its reason.
 """
 
 from __future__ import annotations
@@ -72,9 +73,11 @@ def predicted_and_measured(options: argparse.Namespace, name: str, seconds: floa
     status, usage = run(command, output.with_suffix(".log"))
     if status:
         raise RuntimeError(output.with_suffix(".log").read_text("utf-8", "replace")[-250:])
-    done = json.loads((output / "run.json").read_text("utf-8"))["stages"]
+    data = json.loads((output / "run.json").read_text("utf-8"))
     on_gpu = said["peak_device_bytes"] is not None
+    done = stages_of(data, [x["name"] for x in said["stages"]])
     return {
+        "machine": said["machine"],
         "predicted": {
             "seconds": said["seconds"],
             "memory": said["peak_bytes"],
@@ -82,12 +85,22 @@ def predicted_and_measured(options: argparse.Namespace, name: str, seconds: floa
             "stages": {x["name"]: [x["seconds"], x["peak_device_bytes"]] for x in said["stages"]},
         },
         "measured": {
-            "seconds": sum(x["seconds"] for x in done),
+            "seconds": sum(seconds for seconds, _ in done.values()),
             "memory": usage.ru_maxrss * 1024,
-            "gpu": max(x["peak_bytes"] for x in done) if on_gpu else None,
-            "stages": {x["name"]: [x["seconds"], x["peak_bytes"] if on_gpu else None] for x in done},
+            "gpu": max(num_bytes for _, num_bytes in done.values()) if on_gpu else None,
+            "stages": {name: [seconds, num_bytes if on_gpu else None] for name, (seconds, num_bytes) in done.items()},
         },
     }
+
+
+def stages_of(data: dict[str, Any], predicted: list[str]) -> dict[str, tuple[float, int]]:
+    """Seconds and peak bytes of a run by the names of the prediction's stages; all others are of `fit and fold`."""
+    stages = {x["name"]: (x["seconds"], x["peak_bytes"]) for x in data["stages"]}
+    fits = [num_bytes for name, (_, num_bytes) in stages.items() if name not in predicted]
+    found = {name: stages[name] for name in predicted if name in stages}
+    rounding = sum(seconds for name, (seconds, _) in found.items() if name.startswith(("round", "measure")))
+    fit = data["metrics"]["rows"][-1]["seconds"] - rounding
+    return found | {"fit and fold": (fit, max(fits, default=found["evaluate original"][1]))}
 
 
 def run(command: list[str], log: Path) -> tuple[int, Any]:

@@ -75,8 +75,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder for the body to fill, put in the place of `path` at once when it is done; on any error nothing remains.
 
-    `path` is new or an empty folder. An empty one is filled rather than replaced, since it may be a mount point, or stand
-    where nothing else may be made; what readers look for comes last. What a killed process has left of the same folder
+    `path` is new or an empty folder. An empty one is filled rather than replaced, since it may be a mount point, or be
+    where nothing else can be made; what readers look for comes last. What a killed process has left of the same folder
     is removed.
     """
     path = path.resolve()

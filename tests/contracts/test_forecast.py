@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import cycle
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from spinfold import pipeline
 from spinfold.cli import main
 from spinfold.errors import SpinfoldError
 from spinfold.forecast import Forecast, Machine, Sizes, forecast, measure_machine
+from spinfold.forecast import machine as forecast_machine
 from spinfold.methods import METHODS
 from spinfold.networks import Network
 from spinfold.networks.sources import Checkpoint, resolve
@@ -197,3 +200,29 @@ def test_the_machine_is_measured_in_about_a_second() -> None:
     assert machine.passes > 0
     assert machine.free_bytes > 1 << 20
     assert machine.free_device_bytes is None
+
+
+def test_one_quiet_moment_is_enough_to_measure_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = cycle([1e9, 1e9, 1e9, 1e9, 2e10, 1e9, 1e9])
+    monkeypatch.setattr(forecast_machine, "_rate", lambda *_: next(rates))
+    before = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+    machine = measure_machine(torch.device("cpu"), "tf32")
+    assert max(machine.products, machine.products_fp32, machine.passes) == 2e10
+    assert (torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32) == before
+
+
+def test_a_gpu_waits_for_its_host_at_each_layer(checkpoint: Checkpoint) -> None:
+    fast = replace(CUDA, products=inf, products_fp32=inf, products_fp64=inf, passes=inf)
+    seconds = {stage.name: stage.seconds for stage in predicted(checkpoint, fast, method="quarot").stages}
+    assert seconds["evaluate original"] == 0 < seconds["fit and fold"]
+    rtn = predicted(checkpoint, fast, method="quarot", rounding__method="rtn").stages
+    nearest = next(stage.seconds for stage in rtn if stage.name.startswith("round"))
+    assert 0 < nearest < seconds["round weights (gptq)"]
+
+
+def test_what_is_tokenized_takes_time_and_memory(checkpoint: Checkpoint) -> None:
+    few, many = (
+        forecast(checkpoint, Recipe(), MACHINE, text_tokens=count, held_out_tokens=4096) for count in (10**5, 10**6)
+    )
+    assert many.seconds > few.seconds
+    assert many.peak_bytes > few.peak_bytes

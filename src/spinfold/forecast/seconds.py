@@ -1,6 +1,6 @@
 """How long the parts of a run take: products over the machine's rate of products, and passes over its rate of passes.
 
-The numbers of passes were measured once, on SmolLM2 on a CPU (docs/planning.md).
+The numbers of passes were measured once, on SmolLM2 on a CPU; the two constants of a GPU likewise (docs/planning.md).
 """
 
 from __future__ import annotations
@@ -14,6 +14,12 @@ from spinfold.recipe import Recipe
 from spinfold.rounding import MEASURED_WINDOWS, choices_of
 
 __all__ = ["Seconds", "calibration_tokens"]
+
+GPU_PASSES = 0.25
+"""The share of a CPU's passes that a GPU makes: its kernels do several in one."""
+GPU_LAYER = 0.05
+"""Seconds that a layer takes on a GPU however small it is, each time that its linears are gone through one by one:
+launches, and factors of matrices that don't fill the device."""
 
 
 def calibration_tokens(recipe: Recipe) -> float:
@@ -30,7 +36,14 @@ class Seconds:
     machine: Machine
 
     def passes(self, numbers: float) -> float:
-        return numbers / self.machine.passes
+        return numbers / self.machine.passes * (GPU_PASSES if self.on_gpu else 1)
+
+    def one_by_one(self, times: float) -> float:
+        return GPU_LAYER * times * self.sizes.layers * self.on_gpu
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.machine.device == "cuda"
 
     def forward(self, tokens: float, *, share: float = 1.0) -> float:
         """The decoder without its head, or a share of each layer."""
@@ -43,17 +56,19 @@ class Seconds:
         """Logits and what is made of them, once or twice."""
         n = self.sizes
         products = 2.0 * tokens * n.words * n.width * times
-        return products / self.machine.products_fp32 + self.passes(tokens * n.words * (10 if times == 1 else 77))
+        rate = self.machine.products if self.on_gpu else self.machine.products_fp32
+        return products / rate + self.passes(tokens * n.words * (10 if times == 1 else 20))
 
     def outliers(self, tokens: float) -> float:
         n = self.sizes
-        return self.forward(tokens) + self.passes(144 * tokens * n.layers * (n.width + n.mlp_width))
+        passes = 144 * tokens * n.layers * (n.width + n.mlp_width)
+        return self.forward(tokens) + self.passes(passes) + self.one_by_one(0.5)
 
     def fold(self) -> float:
         """A copy, the products with the maps, and the proof."""
         n = self.sizes
         products = 2.0 * n.parameters * n.width / self.machine.products_fp64
-        return self.passes(40.0 * n.parameters) + products + 2 * self.forward(256)
+        return self.passes(40.0 * n.parameters) + products + 2 * self.forward(256) + self.one_by_one(1)
 
     def fit(self) -> float:
         """End to end forward, backward and quantizers; layer by layer, products with the rotation."""
@@ -62,6 +77,7 @@ class Seconds:
             steps = 100 if fit.steps is None else fit.steps
             tokens = float((fit.batch or 8) * (fit.seq_len or calibration.seq_len))
             network = self.forward(tokens) * (7 + 2 * fit.checkpointing) + 1.5 * self.head(tokens, 2)
+            network /= 2 if self.on_gpu else 1  # there it computes in 16 bits
             return steps * (network + 60.0 * n.width**3 / self.machine.products_fp32)
         if method.name in ("none", "quarot"):
             return 0.0
@@ -69,7 +85,7 @@ class Seconds:
         if method.needs_data:
             captured, rows = self.forward(float(calibration.samples * calibration.seq_len)), fit.batch or 4096
             products = 6.0 * rows * n.width**2 / self.machine.products_fp32
-            return captured + steps * (products + self.passes(65 * rows * n.width))
+            return captured + self.one_by_one(1) + steps * (products + self.passes(65 * rows * n.width))
         return steps * (6.0 * 3 * n.linears / n.layers * n.width / self.machine.products_fp32)
 
     def rounding(self) -> float:
@@ -80,11 +96,12 @@ class Seconds:
             return self._search() + self.forward(2 * tokens) + self._learn()
         if method == "rtn" and self.recipe.rounding.absorb is None:
             share = min(1.0, MEASURED_WINDOWS / self.recipe.calibration.samples)
-            return self._search() + share * (self.forward(tokens, share=2.2) + self._hessians())
+            return self._search() + share * (self.forward(tokens, share=2.2) + self._hessians()) + self.one_by_one(1)
         again = 2 if method == "gptaq" else 1  # statistics, factors and nearest weights of two kinds
         seconds = self.forward(tokens, share=2.2 * again + (again - 1)) + again * (self._hessians() + self._search())
         if method != "rtn":
-            seconds += again * self._factors() + self._columns() * (1 + self._passes_over_columns())
+            columns = self._columns() * (1 + self._passes_over_columns())
+            seconds += again * self._factors() + columns + self.one_by_one(2)
         if self.recipe.rounding.absorb is not None:
             seconds += self._absorb()
         return seconds
@@ -99,7 +116,7 @@ class Seconds:
     def _search(self) -> float:
         """The ranges of all weights; elements with an exponent take half as long again as integers."""
         slower = 1.0 if self.recipe.format == "int" else 1.5
-        return slower * self.passes(self.sizes.linears * (604.0 if self.recipe.clip_search else 25.0))
+        return slower * self.passes(self.sizes.linears * (340.0 if self.recipe.clip_search else 25.0))
 
     def _hessians(self) -> float:
         n = self.sizes
@@ -113,7 +130,7 @@ class Seconds:
     def _columns(self) -> float:
         """One after the other; and the errors' way to the columns behind a block, as long as in the widest."""
         n = self.sizes
-        return self.passes(450.0 * n.linears) + 8.0 * n.linears * n.mlp_width / self.machine.products_fp32
+        return self.passes(150.0 * n.linears) + 4.0 * n.linears * n.mlp_width / self.machine.products_fp32
 
     def _passes_over_columns(self) -> int:
         return self.recipe.rounding.passes if self.recipe.rounding.method == "ldlq" else 0

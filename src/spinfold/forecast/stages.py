@@ -17,13 +17,16 @@ __all__ = ["HELD_SHARE", "Forecast", "StageForecast", "forecast", "stays_in_file
 
 PROCESS_BYTES, TOKENIZER_BYTES = 0.53e9, 0.28e9
 """Python with torch, transformers and a model class; what a tokenizer holds once it has read something."""
-BYTES_PER_TOKEN_READ = 800
+BYTES_PER_TOKEN_READ = 500
 """What tokenizing leaves behind."""
-CUDA_BYTES = 2e9
+CUDA_BYTES = 1.2e9
 """On the host, for the GPU's libraries."""
 KEPT_GRAPH, KEPT_LOSS = 0.83, 0.38
 """The shares of a fit's memory that the C library does not give back on a CPU."""
-EVALUATION_CHUNK = 2048
+KEPT_ROUNDING, MOST_KEPT = 16, 1.8e9
+"""Bytes of each weight that stay there of GPTQ's columns, and the most that we take them to; GPTAQ leaves none."""
+EVALUATION_CHUNK = {"cpu": 256, "cuda": 2048}
+"""How many tokens' logits are compared at once."""
 HELD_SHARE = 0.6
 """Of what is free: two networks may take so much, or layers stay in files."""
 
@@ -87,7 +90,7 @@ def forecast(
 ) -> Forecast:
     """The stages of `spinfold.quantize` for a checkpoint whose headers alone have been read.
 
-    `text_tokens` is about the length of the calibration text; on `held_out_tokens` the figures are measured. Baselines
+    `text_tokens` of the calibration text are tokenized; on `held_out_tokens` the figures are measured. Baselines
     and searches of clip ratios are not counted; where a method that is fitted layer by layer has its own number of
     steps, 300 are.
     """
@@ -118,41 +121,38 @@ class _Run:
         seconds = Seconds(n, self.recipe, self.machine)
         more = Bytes(n, self.recipe, self.machine, self.in_files)
         held, seen = max(self.held_out_tokens, window), min(4 * window, self.held_out_tokens)
-        network, chunk = 4.0 * n.parameters, 4.0 * n.words * min(held, EVALUATION_CHUNK)
+        network, chunk = 4.0 * n.parameters, 4.0 * n.words * min(held, EVALUATION_CHUNK[self.machine.device])
         rotated = 2 * network + 4.0 * (n.words + held) * n.width
         if self.in_files:
             ends, layer = 8.0 * n.words * n.width, 4.0 * n.linears / n.layers
             network, rotated = ends + layer, 2 * ends + layer + 4.0 * (n.words + 2 * held) * n.width
         fit = seconds.fit() + seconds.fold() + 2 * seconds.outliers(seen)
         stages = [
-            self._stage("load model", 14 + network / 1e9, network, 0.1e9),
-            self._stage("read text", 4 + 1.2e-5 * self._tokens_read(), network, 0),
+            self._stage("load model", 10 + network / 1e9, network, 0.1e9),
+            self._stage("read text", 6e-6 * self.text_tokens, network, 0),
             self._stage("evaluate original", seconds.forward(held) + seconds.head(held, 1), network, 2 * chunk),
-            self._stage("fit and fold", fit, rotated, max(40.0 * n.words * n.width, more.fit())),
+            self._stage("fit and fold", fit, rotated, max(20.0 * n.words * n.width, more.fit())),
         ]
-        rotated += (KEPT_GRAPH * more.graph() + KEPT_LOSS * more.loss()) * (self.machine.device == "cpu")
+        on_cpu = self.machine.device == "cpu"
+        rotated += (KEPT_GRAPH * more.graph() + KEPT_LOSS * more.loss()) * on_cpu
         if self.recipe.weight_format is not None:
             rotated += 0 if self.in_files else n.linears
             if self.recipe.budget is not None:
                 stages.append(self._stage("measure sensitivity", seconds.sensitivity(), rotated, more.rounding()))
             name = f"round weights ({self.recipe.rounding.method})"
+            kept = on_cpu and self.recipe.rounding.method in ("gptq", "ldlq")
+            rotated += min(KEPT_ROUNDING * n.linears, MOST_KEPT) * kept
             stages.append(self._stage(name, seconds.rounding(), rotated, more.rounding()))
-        quantized = 1.8 * seconds.forward(held) + seconds.head(held, 2)
+        quantized = 1.4 * seconds.forward(held) + seconds.head(held, 2)
         return [
             *stages,
             self._stage("evaluate quantized", quantized, rotated, 5.25 * chunk),
-            self._stage("write checkpoint", 6 + network / 1e9, rotated, 0),
+            self._stage("write checkpoint", network / 1e9, rotated, 0),
         ]
 
     def _stage(self, name: str, seconds: float, held: float, more: float) -> StageForecast:
         """A stage that holds some bytes where the model is, and needs `more` there for a while."""
-        host = PROCESS_BYTES + (TOKENIZER_BYTES + BYTES_PER_TOKEN_READ * self._tokens_read()) * (name != "load model")
+        host = PROCESS_BYTES + (TOKENIZER_BYTES + BYTES_PER_TOKEN_READ * self.text_tokens) * (name != "load model")
         if self.machine.device == "cpu":
             return StageForecast(name, seconds, round(host + held + more))
         return StageForecast(name, seconds, round(host + CUDA_BYTES), round(held + more))
-
-    def _tokens_read(self) -> int:
-        fit, calibration = self.recipe.fit, self.recipe.calibration
-        steps = 100 if fit.steps is None else fit.steps
-        fitted = steps * (fit.batch or 8) * (fit.seq_len or calibration.seq_len)
-        return min(self.text_tokens, int(1.25 * max(fitted, calibration.samples * calibration.seq_len)) + 8192)

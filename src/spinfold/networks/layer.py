@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spinfold.networks.family import INPUT_WIRE, Family, Part
 from spinfold.networks.placement import Away
 from spinfold.networks.rope import Rope
-from spinfold.networks.wires import SKIP_WIRES, WIRES, Skip, Through, Wire
+from spinfold.networks.wires import CACHED_WIRES, SKIP_WIRES, WIRES, Skip, Through, Wire
 
 __all__ = ["Layer", "Linear", "parts_of"]
 
@@ -82,7 +82,7 @@ class Layer:
         norms = [family.attention_norm, family.mlp_norm]
         self.attention_norm, self.mlp_norm = (n and module.get_submodule(n) for n in norms)
 
-        self.wires = nn.ModuleDict({name: Wire() for name in WIRES})
+        self.wires = nn.ModuleDict({name: Wire(fused=name not in CACHED_WIRES) for name in WIRES})
         module.wires = self.wires
         attention.wires = self.wires
         rope = Rope(rotary, getattr(attention, "layer_type", None))

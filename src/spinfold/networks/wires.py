@@ -23,8 +23,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SKIP_WIRES", "WIRES", "Skip", "Through", "Wire"]
+__all__ = ["CACHED_WIRES", "SKIP_WIRES", "WIRES", "Skip", "Through", "Wire"]
 
+CACHED_WIRES = ("key", "value")
+"""A cache holds what their last op makes of what the others give, so that op stays by itself: not fused, with or
+without a cache they give the same bits."""
 SKIP_WIRES = ("attention_skip", "mlp_skip")
 WIRES = ("qkv_input", "query", "key", "value", "cache", "attention_out", "mlp_input", "down", *SKIP_WIRES)
 
@@ -34,19 +37,19 @@ class Wire(nn.Module):
 
     On the wires of experts it also sees, as the second argument, which K experts each token meets, `(T, K)`.
 
-    An op may offer `with_next(op)`, one function that does both, or None; and `added_to(branch, x, factor)`, which is
-    branch + (op(x) - x) / factor.
+    An op may offer `with_next(op)`, one function that does both up to rounding, or None; and `added_to(branch, x,
+    factor)`, which is branch + (op(x) - x) / factor. A wire that is not `fused` leaves the first alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fused: bool = True) -> None:
         super().__init__()
-        self.ops = nn.ModuleList()
+        self.ops, self.fused = nn.ModuleList(), fused
 
     def forward(self, x: Tensor, experts_TK: Tensor | None = None) -> Tensor:
         ops = list[Any](self.ops)
         while ops:
             op = ops.pop(0)
-            if ops and hasattr(op, "with_next") and (both := op.with_next(ops[0])) is not None:
+            if self.fused and ops and hasattr(op, "with_next") and (both := op.with_next(ops[0])) is not None:
                 op, _ = both, ops.pop(0)
             x = op(x)
         return x
