@@ -100,13 +100,13 @@ def quantize(
     """
     recipe, progress, output = recipe or Recipe.load("spinfold"), progress or Quiet(), Path(output)
     place, folder = pick_device(device), RunFolder(output)
-    if place.type == "cpu" and (recipe.fit.steps == 0 or not METHODS[recipe.method].needs_backprop):
-        keep_freed_memory()  # back-propagation through the network would take a fifth more of it for 3 % less time
     on_first(partial(_check_folder, folder, resume))
     checkpoint = resolve(model)
     plan.plan_run(checkpoint.config, recipe)
     for name in baselines:
         plan.plan_run(checkpoint.config, recipe.with_(method=name))
+    if place.type == "cpu" and (recipe.fit.steps == 0 or not METHODS[recipe.method].needs_backprop):
+        keep_freed_memory()  # back-propagation through the network would take a fifth more of it for 3 % less time
     texts = texts_of(recipe.calibration.source, evaluate_on)
     room = _forecast(checkpoint, recipe, texts, unmeasured_machine(place)).fits(_SLACK)
     room.require("This run does not fit on this machine.")
