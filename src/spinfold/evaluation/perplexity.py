@@ -25,10 +25,11 @@ from spinfold.distributed import add_up, share
 from spinfold.networks import Network, hidden_in_batches
 from spinfold.progress import Progress, Quiet
 
-__all__ = ["Quality", "Reference", "measure_quality"]
+__all__ = ["TOKENS_PER_CHUNK", "Quality", "Reference", "measure_quality"]
 
 _TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 2048}
-_TOKENS_PER_CHUNK = {"cuda": 2048, "cpu": 256}
+TOKENS_PER_CHUNK = {"cuda": 2048, "cpu": 256}
+"""How many tokens' logits are compared at once."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _sums(
     hidden_PD = hidden_BTD[:, :-1].flatten(0, 1)
     original_PD = None if original_BTD is None else original_BTD[:, :-1].flatten(0, 1)
     sums = torch.zeros(3, dtype=torch.float64, device=hidden_BTD.device)
-    chunk = _TOKENS_PER_CHUNK.get(hidden_BTD.device.type, 256)
+    chunk = TOKENS_PER_CHUNK.get(hidden_BTD.device.type, 256)
     for i in range(0, len(targets_P), chunk):
         part = slice(i, i + chunk)
         logp_PV = network.logits(hidden_PD[part]).float().log_softmax(-1)

@@ -21,9 +21,11 @@ from spinfold.distributed import add_up, share, world
 from spinfold.networks import Network
 from spinfold.progress import Progress, Quiet
 
-__all__ = ["FitLog", "Optimizer", "Schedule", "fit_end_to_end", "graph_fits"]
+__all__ = ["GRAPH_SHARE", "FitLog", "Optimizer", "Schedule", "fit_end_to_end", "graph_fits"]
 
 Loss = Callable[..., Tensor]
+GRAPH_SHARE = 0.6
+"""Of the GPU memory that is free: a graph may take so much, or activations are computed again."""
 
 
 class Optimizer(Protocol):
@@ -69,7 +71,7 @@ class FitLog:
     clips: Mapping[str, float] = field(default_factory=dict)
 
 
-def graph_fits(network: Network, tokens: int, share: float = 0.6) -> bool:
+def graph_fits(network: Network, tokens: int, share: float = GRAPH_SHARE) -> bool:
     """Do the activations that a pass over so many tokens holds fit into a share of what is free on the GPU?
 
     Counted as in `forecast`: of each token and layer 5.5 D + 3.5 F numbers in fp32.

@@ -15,10 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 from spinfold.networks import Network
 
-__all__ = ["distillation_loss", "next_token_loss"]
+__all__ = ["distillation_loss", "next_token_loss", "tokens_per_chunk"]
 
 _TOKENS_PER_CHUNK, _BYTES_PER_CHUNK = 4096, 1 << 30
 _NO_TARGET = -100
+
+
+def tokens_per_chunk(words: int) -> int:
+    """How many tokens' logits over a vocabulary of `words` a loss makes at once."""
+    return max(1, min(_TOKENS_PER_CHUNK, _BYTES_PER_CHUNK // (4 * words)))
 
 
 def next_token_loss(network: Network, ids_BT: Tensor) -> Tensor:
@@ -54,7 +59,7 @@ def distillation_loss(
 
 def _mean_over_chunks(network: Network, of_chunk: Callable[..., Tensor], *of_tokens: Tensor) -> Tensor:
     total = torch.zeros((), device=of_tokens[0].device)
-    size = max(1, min(_TOKENS_PER_CHUNK, _BYTES_PER_CHUNK // (4 * network.head.out_features)))
+    size = tokens_per_chunk(network.head.out_features)
     for chunk in zip(*(x.split(size) for x in of_tokens), strict=True):
         # Nothing here is random, and a generator's state can't be read inside a CUDA graph.
         total = total + cast(Tensor, checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
+from spinfold.fitting.end_to_end import GRAPH_SHARE, Schedule
+from spinfold.fitting.objectives import tokens_per_chunk
 from spinfold.forecast.machine import Machine
 from spinfold.forecast.seconds import calibration_tokens
 from spinfold.forecast.sizes import Sizes
@@ -13,10 +15,6 @@ from spinfold.recipe import Recipe
 from spinfold.rounding import MEASURED_WINDOWS
 
 __all__ = ["Bytes"]
-
-LOSS_CHUNK, LOSS_BYTES, TOKENS_PER_PASS = 4096, 1 << 30, 16384
-GRAPH_SHARE = 0.6
-"""Of the GPU memory that is free: a graph may take so much, or activations are recomputed."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Bytes:
         """Tokens that are back-propagated through at once; 0 if the method does not."""
         fit, window = self.recipe.fit, self.recipe.fit.seq_len or self.recipe.calibration.seq_len
         backprop = METHODS[self.recipe.method].needs_backprop
-        return max(1, min(fit.batch or 8, TOKENS_PER_PASS // window)) * window * backprop
+        return max(1, min(fit.batch or 8, Schedule.tokens_per_pass // window)) * window * backprop
 
     def graph(self) -> float:
         """What back-propagation through the decoder holds."""
@@ -51,7 +49,7 @@ class Bytes:
     def loss(self) -> float:
         """The logits of a chunk of tokens, and what a loss makes of them."""
         words = self.sizes.words
-        return 5.75 * 4.0 * words * min(self._pass_tokens(), LOSS_CHUNK, LOSS_BYTES // (4 * words))
+        return 5.75 * 4.0 * words * min(self._pass_tokens(), tokens_per_chunk(words))
 
     def rounding(self) -> float:
         """The streams of all calibration windows, one or two, and the Hessian with its factors; less to nearest, which

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from spinfold.errors import Verdict
+from spinfold.evaluation.perplexity import TOKENS_PER_CHUNK
 from spinfold.forecast.machine import Machine
 from spinfold.forecast.memory import Bytes
 from spinfold.forecast.seconds import Seconds
@@ -25,8 +26,6 @@ KEPT_GRAPH, KEPT_LOSS = 0.83, 0.38
 """The shares of a fit's memory that the C library does not give back on a CPU."""
 KEPT_ROUNDING, MOST_KEPT = 16, 1.8e9
 """Bytes of each weight that stay there of GPTQ's columns, and the most that we take them to; GPTAQ leaves none."""
-EVALUATION_CHUNK = {"cpu": 256, "cuda": 2048}
-"""How many tokens' logits are compared at once."""
 HELD_SHARE = 0.6
 """Of what is free: two networks may take so much, or layers stay in files."""
 
@@ -121,7 +120,7 @@ class _Run:
         seconds = Seconds(n, self.recipe, self.machine)
         more = Bytes(n, self.recipe, self.machine, self.in_files)
         held, seen = max(self.held_out_tokens, window), min(4 * window, self.held_out_tokens)
-        network, chunk = 4.0 * n.parameters, 4.0 * n.words * min(held, EVALUATION_CHUNK[self.machine.device])
+        network, chunk = 4.0 * n.parameters, 4.0 * n.words * min(held, TOKENS_PER_CHUNK[self.machine.device])
         rotated = 2 * network + 4.0 * (n.words + held) * n.width
         if self.in_files:
             ends, layer = 8.0 * n.words * n.width, 4.0 * n.linears / n.layers
