@@ -2,10 +2,11 @@
 
     python benchmarks/formats.py OUT [--seconds 240] [--tokens 4096 16384] [--width 4096] [--outputs 4096]
 
-Fake quantization beside one copy of the tensor, which reads and writes it once: the median of 50 runs on a tensor that
-no cache holds. Rounding, by every back-end that goes column by column: a decoder layer of SmolLM2's shape, and one
-square linear; the second time counts, so that kernels are compiled. OUT/formats.json has all figures; what fails is
-printed, and the rest goes on. Without a GPU everything runs all the same, on small sizes: a rehearsal.
+Fake quantization beside one copy of the tensor, which reads and writes it once, in CUDA graphs on tensors that no cache
+holds (`clocks.py`); with its gradient, launched one by one, the median of ten. Rounding, by every back-end that goes
+column by column: a decoder layer of SmolLM2's shape, and one square linear; the second time counts, so that kernels are
+compiled. OUT/formats.json has all figures; what fails is printed, and the rest goes on. Without a GPU everything runs
+all the same, on small sizes: a rehearsal.
 
 Shapes: T tokens, O out features, I in features.
 """
@@ -25,13 +26,12 @@ from statistics import median
 from typing import Any
 
 import torch
+from clocks import DEVICE, ON_GPU, clock, copies_of
 from torch import Tensor
 
 from spinfold.formats import FLOAT_FORMATS, ClipSearch, Format, IntFormat, fake_quantize
 from spinfold.rounding import gptaq, gptq, ldlq, round_nearest
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 LAYER = ((960, 576), (576, 576), (3072, 576), (576, 1536))
 """(O, I) of q k v, o, gate up, down in SmolLM2-135M; it has 30 such layers."""
 Record = dict[str, Any]
@@ -93,17 +93,17 @@ def formats() -> dict[str, Format]:
 def speed(tokens: int, width: int, dtype: str) -> Record:
     """Milliseconds of a copy, and of each format forwards, and forwards and backwards through its scales."""
     x_TI = torch.randn(tokens, width, device=DEVICE).to(getattr(torch, dtype))
-    out_TI = torch.empty_like(x_TI)
-    copy = milliseconds(lambda: out_TI.copy_(x_TI))
+    inputs = [x_TI.clone() for _ in range(copies_of(x_TI.nbytes))]
+    copy = clock(torch.clone, inputs) / 1e3
     found: Record = {"copy": copy, "gigabytes_per_second": 2 * x_TI.nbytes / copy / 1e6, "formats": {}}
     for name, fmt in formats().items():
 
         def timed(fmt: Format = fmt) -> Record:
-            forward = milliseconds(lambda: fake_quantize(x_TI, fmt))
+            forward = clock(lambda x: fake_quantize(x, fmt), inputs) / 1e3
             return {
                 "forward": forward,
                 "of_copy": forward / copy,
-                "both": milliseconds(lambda: with_gradient(x_TI, fmt), 10),
+                "both": milliseconds(lambda: with_gradient(x_TI, fmt)),
             }
 
         found["formats"][name] = attempt(name, timed)
@@ -116,7 +116,7 @@ def with_gradient(x_TI: Tensor, fmt: Format) -> None:
     fake_quantize(leaf_TI, fmt, scale_gradient=True).backward(x_TI)
 
 
-def milliseconds(work: Callable[[], object], runs: int = 50) -> float:
+def milliseconds(work: Callable[[], object], runs: int = 10) -> float:
     """The median time of `work`; on a GPU a large write before each run empties the cache, and hides the launch."""
     if not ON_GPU:
         return 1000 * median(clocked(work) for _ in range(3))

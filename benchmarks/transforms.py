@@ -20,7 +20,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clocks import DEVICE, ON_GPU, Work, clock, clock_copy, copies_of
 from torch import Tensor
 
 from spinfold.formats import FLOAT_FORMATS, Format, IntFormat
@@ -55,13 +55,8 @@ FORMATS: dict[str, tuple[Format | None, bool]] = {
     "NVFP4": (NVFP4, True),
 }
 """The format, and whether its codes are packed rather than turned into numbers again."""
-ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-CACHE_BYTES = 50 * 2**20
 DTYPE = torch.bfloat16 if ON_GPU else torch.float16
 BEGIN, END = "<!-- transforms -->", "<!-- /transforms -->"
-
-Work = Callable[[Tensor], Any]
 
 
 def main() -> None:
@@ -194,10 +189,10 @@ class Run:
                 break
             for key, (num_tokens, name, table) in goals.items():
                 found = []
-                buffers = Buffers(num_tokens, size)
+                inputs = inputs_of(num_tokens, size)
                 for tiling in tilings if key != "few" else {t._replace(num_stages=1, programs=1) for t in tilings}:
                     try:
-                        us = clock(transform(size, name, tiling), buffers, quick=True)
+                        us = clock(transform(size, name, tiling), inputs, quick=True)
                         found.append((us, *tiling))
                     except Exception as error:
                         self.note(f"tiling {size} {tuple(tiling)}", repr(error)[:200])
@@ -230,12 +225,12 @@ class Run:
                 if self.late(25):
                     self.note("measure", f"no time left for {size} x {num_tokens}")
                     return
-                buffers = Buffers(num_tokens, size)
+                inputs = inputs_of(num_tokens, size)
                 cell: dict[str, Any] = {"size": size, "tokens": num_tokens, "formats": {}}
-                cell["elementwise_us"] = clock(lambda x: x * 2, buffers)
+                cell["elementwise_us"] = clock(lambda x: x * 2, inputs)
                 for name in FORMATS:
                     try:
-                        us = clock(transform(size, name), buffers)
+                        us = clock(transform(size, name), inputs)
                         copy_us = clock_copy(bytes_of(size, num_tokens, name))
                         cell["formats"][name] = {"us": us, "copy_us": copy_us}
                     except Exception as error:
@@ -253,11 +248,11 @@ class Run:
             if cell["size"] != size:
                 size = cell["size"]
                 H_NN = dense(size)
-            buffers = Buffers(cell["tokens"], size)
+            inputs = inputs_of(cell["tokens"], size)
             for name, work in {"matmul": _dense_product(H_NN), **peers}.items():
                 if (one := work(size)) is not None:
                     try:
-                        cell[f"{name}_us"] = clock(one, buffers)
+                        cell[f"{name}_us"] = clock(one, inputs)
                     except Exception as error:
                         self.note(f"{name} {size} x {cell['tokens']}", repr(error)[:300])
 
@@ -268,14 +263,14 @@ class Run:
             for head, heads, name in kinds:
                 if self.late(10):
                     return
-                buffers = Buffers(num_tokens, heads * head)
+                inputs = inputs_of(num_tokens, heads * head)
                 row = {"tokens": num_tokens, "head": head, "heads": heads, "format": name}
                 cuts = MANY_HEADS if num_tokens > 64 else FEW_HEADS
-                row |= self.fastest(heads_work, (num_tokens, head, heads, name), cuts, buffers)
+                row |= self.fastest(heads_work, (num_tokens, head, heads, name), cuts, inputs)
                 row["copy_us"] = clock_copy(
                     num_tokens * heads * (2 * head + (head // 2 + 5 if name in PACKED else 2 * head))
                 )
-                row["elementwise_us"] = clock(lambda x: x * 2, buffers)
+                row["elementwise_us"] = clock(lambda x: x * 2, inputs)
                 self.results["heads"].append(row)
 
     def measure_low_rank(self) -> None:
@@ -284,21 +279,21 @@ class Run:
             for num_tokens in self.args.tokens:
                 if self.late(3):
                     return
-                buffers = Buffers(num_tokens, size)
+                inputs = inputs_of(num_tokens, size)
                 row = {"size": size, "rank": rank, "tokens": num_tokens}
                 cuts = MANY_SUMS if num_tokens > 64 else FEW_SUMS
-                row |= self.fastest(low_rank_work, (num_tokens, size, rank), cuts, buffers)
+                row |= self.fastest(low_rank_work, (num_tokens, size, rank), cuts, inputs)
                 row["copy_us"] = clock_copy(num_tokens * size * 6)
-                row["torch_us"] = clock(low_rank_work(num_tokens, size, rank), buffers)
-                row["elementwise_us"] = clock(lambda x: x + x, buffers)
+                row["torch_us"] = clock(low_rank_work(num_tokens, size, rank), inputs)
+                row["elementwise_us"] = clock(lambda x: x + x, inputs)
                 self.results["low_rank"].append(row)
 
-    def fastest(self, work: Any, of: tuple[Any, ...], cuts: list[Any], buffers: Buffers) -> dict[str, Any]:
+    def fastest(self, work: Any, of: tuple[Any, ...], cuts: list[Any], inputs: list[Tensor]) -> dict[str, Any]:
         """The time of the best of some ways to cut the work."""
         found = []
         for cut in cuts:
             try:
-                found.append((clock(work(*of, *cut), buffers, quick=True), cut))
+                found.append((clock(work(*of, *cut), inputs, quick=True), cut))
             except Exception as error:
                 self.note(f"{work.__name__} {of} {cut}", repr(error)[:200])
         return {"us": min(found)[0], "cut": min(found)[1], "all": sorted(found)} if found else {}
@@ -348,6 +343,11 @@ def low_rank_work(num_tokens: int, size: int, rank: int, *cut: int) -> Work:
     if not cut:
         return lambda x: branch + (x + (x @ U_NR) @ V_RN)
     return lambda x: low_rank_sum(x, branch, U_NR, V_RN, cut=Cut(*cut))
+
+
+def inputs_of(num_tokens: int, size: int) -> list[Tensor]:
+    """More than the cache holds for many tokens, two for few."""
+    return [random(num_tokens, size) for _ in range(copies_of(2 * size * num_tokens) if num_tokens >= 1024 else 2)]
 
 
 def random(*shape: int) -> Tensor:
@@ -416,65 +416,6 @@ def bytes_of(size: int, num_tokens: int, name: str) -> int:
     if fmt is None or not packed:
         return 4 * size * num_tokens
     return round((2 + fmt.bits_per_number(size) / 8) * size * num_tokens)
-
-
-class Buffers:
-    """Inputs that rotate: more than the cache holds for many tokens, two for few."""
-
-    def __init__(self, num_tokens: int, size: int) -> None:
-        count = -(-3 * CACHE_BYTES // (2 * size * num_tokens)) if num_tokens >= 1024 else 2
-        self.inputs = [random(num_tokens, size) for _ in range(max(2, count) if ON_GPU else 2)]
-
-
-def clock(work: Work, buffers: Buffers | list[Tensor], quick: bool = False) -> float:
-    """Microseconds of one launch."""
-    inputs = buffers.inputs if isinstance(buffers, Buffers) else buffers
-    kept: list[Any] = [None] * len(inputs)
-    if not ON_GPU:
-        begin = time.perf_counter()
-        work(inputs[0])
-        return 1e6 * (time.perf_counter() - begin)
-    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work(inputs[0])
-        begin_event.record()
-        for _ in range(2):
-            kept[0] = work(inputs[0])
-        end_event.record()
-        stream.synchronize()
-        roughly = begin_event.elapsed_time(end_event) / 2
-        launches = max(2 * len(inputs) if not quick else len(inputs), min(200, int((2 if quick else 8) / roughly)))
-        launches = min(launches, 400)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for index in range(launches):
-                # Outputs are kept as long as their inputs rotate, so they leave the cache as well.
-                kept[index % len(inputs)] = work(inputs[index % len(inputs)])
-        times = []
-        graph.replay()
-        for _ in range(3 if quick else 5):
-            begin_event.record()
-            graph.replay()
-            end_event.record()
-            stream.synchronize()
-            times.append(1e3 * begin_event.elapsed_time(end_event) / launches)
-    torch.cuda.current_stream().wait_stream(stream)
-    return statistics.median(times)
-
-
-_copies: dict[int, float] = {}
-
-
-def clock_copy(num_bytes: int) -> float:
-    """Microseconds of a device copy that reads and writes `num_bytes` in total."""
-    if num_bytes not in _copies:
-        half = num_bytes // 2
-        count = max(2, -(-3 * CACHE_BYTES // half)) if half > 2**21 else 2
-        inputs = [torch.empty(half, dtype=torch.uint8, device=DEVICE) for _ in range(count if ON_GPU else 2)]
-        _copies[num_bytes] = clock(torch.clone, inputs)
-    return _copies[num_bytes]
 
 
 # ── peers ──────────────────────────────────────────────────────────────────────────────────────────────────
