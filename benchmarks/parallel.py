@@ -1,6 +1,6 @@
 """One process against several of torchrun, each with a GPU: time, speed-up, and how equal the results are.
 
-    python benchmarks/parallel.py OUT [--counts 1,2,4] [--calibration FILE] [--text FILE] [--seconds 600]
+    python benchmarks/parallel.py OUT [--counts 1,2,4] [--parts fit,gptq] [--calibration FILE] [--seconds 600]
 
 Two runs of `spinfold quantize` for each number of processes: SpinQuant, for its fit, and QuaRot with GPTQ, whose maps
 are the same in all, for the integers. A short run before warms the caches of compiled kernels. OUT gets the runs, what
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--counts", default="1,2,4", help="numbers of processes; those beyond the GPUs are left out")
+    parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--calibration", default="")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--samples", type=int, default=128)
@@ -87,7 +88,7 @@ def main() -> None:
     short = argparse.Namespace(**vars(options) | {"steps": 3, "samples": 8})
     results: dict[str, Any] = {"warm-up": run(short, "fit", 1, options.out / "warm-up", end - time.monotonic())}
     rows = [("part", "processes", "seconds", "speed-up", "whole run", "speed-up", "peak GB", "perplexity", "equality")]
-    for part in PARTS:
+    for part in options.parts.split(","):
         stage = "fit" if part == "fit" else "round"
         for count in counts:
             name = f"{part}-{count}"
