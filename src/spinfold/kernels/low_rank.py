@@ -6,7 +6,8 @@ Two kernels: one for x U, in which a program takes a tile of tokens, and for few
 the sum, in which a program takes a tile of tokens and channels and adds up the parts of x U first.
 
 `maps.lowrank` defines the map, of which V is K Uᵀ. Products of 16-bit numbers run on the tensor cores as they are,
-those of fp32 ones in three TF32 parts.
+those of fp32 ones in three TF32 parts, or, where TF32 is off, as in a proof, in IEEE fp32: tensor cores cut off what
+they add up, and sixty corrections in a row cut the same way.
 
 Shapes: T tokens, N channels, R rank, C parts of the channels.
 """
@@ -106,7 +107,7 @@ def low_rank_sum(
     cut = cut or best_cut(num_tokens, rank, x.dtype)
     share = triton.cdiv(triton.cdiv(size, cut.parts), cut.channels) * cut.channels
     shape = {
-        "PRECISION": "tf32x3" if x.dtype == torch.float32 else "ieee",
+        "PRECISION": "tf32x3" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee",
         "TILE_T": cut.tokens,
         "TILE_R": max(16, triton.next_power_of_2(rank)),
         "num_warps": cut.num_warps,

@@ -84,7 +84,7 @@ class SiteMaps:
         if self.skip is None or not isinstance(self.residual, tuple):
             return True
         steps = zip(self.residual, self.skip, self.residual[1:], strict=False)
-        gaps = ((here.matrix() @ skip.matrix() - after.matrix()).abs().max() for here, skip, after in steps)
+        gaps = ((skip.apply(here.matrix()) - after.matrix()).abs().max() for here, skip, after in steps)
         return all(float(gap) < 1e-5 for gap in gaps)
 
     def each(self) -> list[tuple[str, Map]]:
