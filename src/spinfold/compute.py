@@ -10,13 +10,28 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any, cast
 
 import torch
 
 from spinfold.distributed import local_rank, world
 from spinfold.errors import SpinfoldError
 
-__all__ = ["keep_freed_memory", "pick_device", "pick_precision", "precision", "products"]
+__all__ = [
+    "exact_products",
+    "keep_freed_memory",
+    "pick_device",
+    "pick_precision",
+    "precision",
+    "products",
+    "settle_vector_functions",
+]
+
+_VECTOR_FUNCTIONS = (
+    *("acos", "asin", "atan", "cos", "cosh", "erf", "erfc", "exp", "expm1"),
+    *("log", "log10", "log1p", "sin", "sinh", "sqrt", "tan", "tanh", "trunc"),
+)
+"""What PyTorch computes on a CPU by oneMKL's vector library."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -58,6 +73,19 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, 1 << 30)
 
 
+def settle_vector_functions() -> None:
+    """Call each function of oneMKL's vector library once, on one number and so in one thread, before it matters.
+
+    oneMKL looks for the code of a function in its first call. In 2024.2, which PyTorch's wheels contain, a thread that
+    makes this call while another does may compute with the least accurate code there is, this once: cosines of half the
+    tokens are off by 1e-4, and the same call is right from then on (https://github.com/pytorch/pytorch/issues/188792).
+    """
+    for dtype in (torch.float32, torch.float64):
+        number = torch.full((1,), 0.5, dtype=dtype, device="cpu")
+        for name in _VECTOR_FUNCTIONS:
+            getattr(number, name)()
+
+
 def pick_precision(name: str, device: torch.device) -> str:
     """Resolve `auto`: TF32 on a GPU, bf16 on a CPU with fast bf16 products, else fp32."""
     if name != "auto":
@@ -85,3 +113,21 @@ def products(name: str) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextmanager
+def exact_products(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """For products of fp32 tensors whose numbers `dtype` holds: those of bf16 numbers a CPU may take from its tiles.
+
+    Each product is exact, and the sums are in fp32, as without; at best it takes a third of the time.
+    """
+    if dtype != torch.bfloat16 or device.type != "cpu" or pick_precision("auto", device) != "bf16":
+        yield
+        return
+    matmul = cast(Any, torch.backends.mkldnn).matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

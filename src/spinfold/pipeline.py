@@ -182,10 +182,10 @@ def predict(
 def _forecast(checkpoint: Checkpoint, recipe: Recipe, texts: tuple[Text, Text], machine: Machine) -> Forecast:
     """With the calibration text and the one held out; a token has about four characters.
 
-    It has a few more if anything, so a beginning twice as long as is needed is tokenized (`fitting.text.tokenize`).
+    It has a few more if anything, and a little more than is needed is tokenized (`fitting.text.tokenize`).
     """
     (available, held), needed = (len(one.text) // 4 for one in texts), _tokens_needed(recipe)
-    read, limit = min(available, 2 * needed), EVAL_TOKENS.get(machine.device, EVAL_TOKENS["cpu"])
+    read, limit = min(available, needed * 5 // 4), EVAL_TOKENS.get(machine.device, EVAL_TOKENS["cpu"])
     return forecast(checkpoint, recipe, machine, text_tokens=read, held_out_tokens=min(held, limit))
 
 

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import zoo
 from gguf_run import make_run
 from safetensors import safe_open
-from tiny_run import quantize, recipe, tiny_model, tree
+from tiny_run import quantize, recipe, tiny_model, tree, unsettle
 from torch import Tensor
 
 import spinfold
@@ -346,6 +347,22 @@ def test_the_check_loads_nothing_that_was_changed(
     monkeypatch.setitem(checks.RUNTIMES, "compressed-tensors", lambda *_: pytest.fail("it was loaded"))
     assert checks.main("compressed-tensors", str(folder), "ids.npy", "logits.npy") == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_fresh_process_settles_vector_functions(
+    run_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the runtime computes first."""
+    folder, angles = write(run_of("W8A8"), tmp_path / "out"), torch.arange(4096.0)
+    exact = angles.cos()
+    monkeypatch.setitem(checks.RUNTIMES, "compressed-tensors", lambda *_: angles.cos())
+    unsettle(monkeypatch)
+    assert not torch.equal(angles.cos(), exact)
+    unsettle(monkeypatch)
+    np.save(tmp_path / "ids.npy", IDS_NT.numpy())
+    logits = tmp_path / "logits.npy"
+    assert checks.main("compressed-tensors", str(folder), str(tmp_path / "ids.npy"), str(logits)) == 0
+    assert np.array_equal(np.load(logits), exact.numpy())
 
 
 @pytest.mark.parametrize(("code", "kind"), [(1, CheckFailed), (2, SpinfoldError)])

@@ -19,21 +19,24 @@ import pytest
 import torch
 import zoo
 from safetensors.torch import load_file, save_file
+from tiny_run import unsettle
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
 from spinfold.checkpoint import load_maps, load_run, save_clips, save_maps, save_model
 from spinfold.errors import SpinfoldError
+from spinfold.export import check as checks
 from spinfold.export.cache import QuantizedCache, QuantizedLayer, decode_rows, encode_rows
 from spinfold.export.contents import Contents
 from spinfold.export.packed import PackedWeight, packed_tensors
 from spinfold.export.quantizer import SpinfoldConfig, digest
+from spinfold.export.targets import BOUNDS
 from spinfold.export.transformers import write
 from spinfold.folding import fold, fold_norms
 from spinfold.formats import FLOAT_FORMATS, IntFormat, QuantizedWeight, fake_quantize, fit_grid
 from spinfold.maps import Hadamard, SiteMaps, as_held, random_orthogonal
-from spinfold.networks import Network
+from spinfold.networks import Network, network
 from spinfold.networks.sources import resolve
 from spinfold.recipe import Recipe
 from spinfold.rounding import round_network
@@ -176,6 +179,29 @@ def test_what_one_kernel_does_it_does_in_both(case: Case, of_case: Any, monkeypa
     assert relative(expected, exact) > 1e-3
     assert relative(model(IDS, use_cache=False).logits, expected) <= 1e-6
     assert relative(model(IDS).logits, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("side", ["run", "plugin"])
+def test_a_first_call_of_a_vector_function_is_none_that_matters(
+    side: str, of_case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else codes flip in a process whose threads meet in such a call, and the check fails: once, and never again."""
+    run, out = of_case(CASES[0])
+    ids_NT = zoo.random_tokens(7, length=128)
+
+    def compute() -> Tensor:
+        if side == "run":
+            return checks.logits_of_run(run, ids_NT, CPU)
+        return checks.RUNTIMES["transformers"](out, ids_NT, "cpu")
+
+    exact = compute()
+    unsettle(monkeypatch)
+    assert torch.equal(compute(), exact)
+
+    unsettle(monkeypatch)
+    monkeypatch.setattr(network, "settle_vector_functions", lambda: None)
+    proofs = checks.compare(exact, compute(), ids_NT, BOUNDS["transformers"], "transformers")
+    assert not any(proof.ok for proof in proofs[1:])
 
 
 # A key that lies between two numbers of its grid may go the other way when one token is computed at a time: that moves

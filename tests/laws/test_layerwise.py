@@ -170,6 +170,20 @@ def test_rounding_error_and_its_gradients(format: Format) -> None:
         torch.testing.assert_close((grad * y).sum(-1), 2 * noise, rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("format", [IntFormat(b, s, g, c) for b in (2, 4) for s in (True, False) for g in (None, 4)
+                                    for c in (1.0, 0.7)], ids=str)  # fmt: skip
+def test_the_rounding_error_of_integers_has_the_gradient_of_fake_quantization(format: IntFormat) -> None:
+    y = normal(9, 16, dtype=torch.float32)
+    y[1], y[2], y[3], y[4, :3] = y[1].abs(), -y[2].abs(), 0, y[4].max()  # one sign, nothing, and ties
+    weight = normal(9, dtype=torch.float32, seed=1)
+    leaves = [y.clone().requires_grad_() for _ in range(2)]
+    by_steps = rounding_error(leaves[0], format)
+    by_parts = (leaves[1] - fake_quantize(leaves[1], format, scale_gradient=True)).square().mean(-1)
+    torch.testing.assert_close(by_steps, by_parts)
+    grads = [torch.autograd.grad(e, x, weight)[0] for e, x in zip((by_steps, by_parts), leaves, strict=True)]
+    torch.testing.assert_close(*grads)
+
+
 def test_feedback_is_the_diagonal_of_the_ldl_factor() -> None:
     """H = (I + U) D (I + U)ᵀ put together from known factors; and its bounds n det^(1/n) ≤ tr(D) ≤ tr(H)."""
     upper = torch.eye(7, dtype=torch.float64) + normal(3, 7, 7).triu(1)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from spinfold.errors import SpinfoldError
-from spinfold.formats import ClipSearch, IntFormat, QuantizedWeight
+from spinfold.formats import ClipSearch, IntFormat, QuantizedWeight, fit_grid
 from spinfold.recipe import RoundingMethod
 from spinfold.rounding import ROUNDINGS, HessianAccumulator, gptq, round_nearest
+from spinfold.rounding.columns import round_block, round_columns
+from spinfold.rounding.hessian import inverse_factor
 
 SETTINGS = [
     (IntFormat(bits, symmetric, group_size), act_order, static)
@@ -213,6 +215,45 @@ def test_the_hessian_is_the_mean_over_tokens_however_they_arrive():
         torch.testing.assert_close(accumulator.value(), expected_II, rtol=1e-5, atol=1e-6)
     with pytest.raises(SpinfoldError, match="statistics"):
         HessianAccumulator(8).value()
+
+
+def test_what_bf16_holds_has_the_hessian_of_its_numbers():
+    x = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)).bfloat16()
+    narrow, wide = HessianAccumulator(200), HessianAccumulator(200)
+    narrow.add(x)
+    wide.add(x.double().float())
+    exact = x.double().T @ x.double() / 300
+    for one in (narrow, wide):
+        torch.testing.assert_close(one.value(), exact, rtol=0, atol=3e-6)  # sums of 300 in fp32
+
+
+@pytest.mark.parametrize("size", [5, 97, 256])
+def test_the_factor_of_the_inverse_is_triangular_and_exact(size):
+    x = torch.randn(2 * size, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    hessian = x.T @ x / len(x)
+    factor = inverse_factor(hessian, damp=0.01)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+    assert torch.equal(factor.u_II, factor.u_II.triu())
+    torch.testing.assert_close(factor.u_II.T @ factor.u_II @ damped, torch.eye(size, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("index", [0, 96])
+def test_a_negative_direction_in_either_half_raises_the_damping(index):
+    hessian = torch.eye(97, dtype=torch.float64)
+    hessian[index, index] = -0.05
+    assert inverse_factor(hessian, damp=0.01).damping == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("fmt", [IntFormat(b, s) for b in (2, 4) for s in (True, False)], ids=str)
+def test_columns_in_units_of_their_steps_are_those_of_the_definition(fmt):
+    draws = torch.Generator().manual_seed(0)
+    w = torch.randn(24, 40, generator=draws, dtype=torch.float64)
+    u = torch.randn(40, 40, generator=draws, dtype=torch.float64).mul(0.1).triu(1) + torch.eye(40).double() * 0.7
+    grid = fit_grid(w, fmt, search=ClipSearch())
+    scale, second = (None if t is None else t.to(w.dtype).T.expand(40, -1) for t in (grid.scale_OG, grid.second_OG))
+    elements = w.T.clone()
+    round_block(elements, u, scale, second, fmt)
+    assert torch.equal(round_columns(w, u, grid).q_OI, fmt.encode(elements.T))
 
 
 def test_every_rounding_names_its_needs():

@@ -28,7 +28,7 @@ from spinfold.progress import Progress, Quiet
 __all__ = ["TOKENS_PER_CHUNK", "Quality", "Reference", "measure_quality"]
 
 _TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 2048}
-TOKENS_PER_CHUNK = {"cuda": 2048, "cpu": 256}
+TOKENS_PER_CHUNK = {"cuda": 2048, "cpu": 128}
 """How many tokens' logits are compared at once."""
 
 
@@ -105,14 +105,15 @@ def _sums(
     hidden_PD = hidden_BTD[:, :-1].flatten(0, 1)
     original_PD = None if original_BTD is None else original_BTD[:, :-1].flatten(0, 1)
     sums = torch.zeros(3, dtype=torch.float64, device=hidden_BTD.device)
-    chunk = TOKENS_PER_CHUNK.get(hidden_BTD.device.type, 256)
+    chunk = TOKENS_PER_CHUNK.get(hidden_BTD.device.type, 128)
     for i in range(0, len(targets_P), chunk):
         part = slice(i, i + chunk)
         logp_PV = network.logits(hidden_PD[part]).float().log_softmax(-1)
         sums[0] += F.nll_loss(logp_PV, targets_P[part], reduction="sum").double()
         if original is not None and original_PD is not None:
             logq_PV = network.finish(original(original_PD[part])).float().log_softmax(-1)
-            sums[1] += F.kl_div(logp_PV, logq_PV, reduction="sum", log_target=True).double()
-            most_likely_P1 = logp_PV.argmax(-1, keepdim=True)
+            most_likely_P1 = logp_PV.max(-1, keepdim=True).indices
             sums[2] += (logq_PV.gather(1, most_likely_P1) == logq_PV.amax(-1, keepdim=True)).sum()
+            gap_PV = torch.sub(logq_PV, logp_PV, out=logp_PV)
+            sums[1] += logq_PV.exp_().mul_(gap_PV).sum(-1).sum(dtype=torch.float64)
     return sums

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spinfold.checkpoint import load_run
-from spinfold.compute import precision
+from spinfold.compute import precision, settle_vector_functions
 from spinfold.errors import CheckFailed, SpinfoldError, reading
 from spinfold.evaluation import Proof
 from spinfold.export.compressed_tensors import has_packed_zeros
@@ -237,6 +237,7 @@ RUNTIMES: dict[str, Callable[[Path, Tensor, str], Tensor]] = {
 
 def main(runtime: str, folder: str, ids: str, logits: str, device: str = "cpu") -> int:
     """Load a checkpoint and save its logits, fp32 `(N, T, V)`, for the windows in `ids`."""
+    settle_vector_functions()  # a runtime other than the plugin doesn't
     try:
         verify_files(Path(folder))
         logits_NTV = RUNTIMES[runtime](Path(folder), torch.from_numpy(np.load(ids)), device)

@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinfold.formats import FloatFormat, Format, fake_quantize
+from spinfold.formats import FloatFormat, Format, IntFormat, fake_quantize
+from spinfold.formats.activation import through_extremes
 from spinfold.formats.base import extent
+from spinfold.kernels import kernels_run_on
 
 __all__ = [
     "UNIFORM_KURTOSIS",
@@ -166,8 +168,55 @@ def rounding_error(y: Tensor, format: Format, *, scale_gradient: bool = True) ->
     y = y.float()
     if scale_gradient and isinstance(format, FloatFormat):
         return _float_noise(y, format)
+    if scale_gradient and isinstance(format, IntFormat) and not kernels_run_on(y):
+        value: Tensor = _IntNoise.apply(y, format)
+        return value
     rounded = fake_quantize(y, format, scale_gradient=True) if scale_gradient else fake_quantize(y.detach(), format)
     return (y - rounded).square().mean(-1)
+
+
+class _IntNoise(torch.autograd.Function):
+    """`rounding_error` of integers with both gradients at once, in less than half the time of autograd.
+
+    In steps, the error is s t with t = y/s - Q(y)/s, and E = s² Σ t² / n. Inside the grid t ds is all that moves:
+    dE = 2/n s t² ds. Beyond an end q of the grid, where Q(y) = s q + low up to the rounding of the zero point, it is
+    dE = 2/n s t (dy - q ds - dlow).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, format: IntFormat) -> Tensor:
+        y_Gg = format.split(y)
+        low_G1, high_G1 = extent(y_Gg)
+        scale_G1, zero_G1 = format.grid(low_G1, high_G1)
+        zero = 0 if zero_G1 is None else zero_G1
+        ratio_Gg = y_Gg / scale_G1
+        near_Gg = ratio_Gg.round()
+        q_Gg = near_Gg.add(zero).clamp_(format.low, format.high).sub_(zero)
+        t_Gg = ratio_Gg.sub_(q_Gg)
+        square_G1 = t_Gg.square().sum(-1, keepdim=True)
+        value = (scale_G1.square() * square_G1).sum((-2, -1)) / y.shape[-1]
+        if not ctx.needs_input_grad[0]:
+            return value
+        d_Gg = t_Gg.mul_(torch.ne(q_Gg, near_Gg, out=near_Gg))  # beyond the ends alone
+        steep_G1 = scale_G1 * (2 / y.shape[-1])
+        beyond_G1 = d_Gg.sum(-1, keepdim=True)
+        offset_G1 = 0 if zero_G1 is None else format.clip * low_G1 / scale_G1
+        inside_G1 = square_G1 - d_Gg.square().sum(-1, keepdim=True)
+        ends_G1 = (d_Gg * q_Gg).sum(-1, keepdim=True) - offset_G1 * beyond_G1
+        by_scale_G1 = steep_G1 * (inside_G1 - ends_G1) / format.high
+        if zero_G1 is None:
+            upper_G1 = high_G1 >= -low_G1
+            by_high_G1, by_low_G1 = by_scale_G1 * upper_G1, -by_scale_G1 * ~upper_G1
+        else:
+            by_high_G1, by_low_G1 = by_scale_G1, -by_scale_G1 - steep_G1 * beyond_G1
+        clip, ends = y.new_full((), format.clip), ((high_G1, by_high_G1), (low_G1, by_low_G1))
+        ctx.save_for_backward(through_extremes(y, y_Gg, d_Gg.mul_(steep_G1), clip, *ends)[0])
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (d_y,) = ctx.saved_tensors
+        return d_y * grads[0][..., None], None
 
 
 def _float_noise(y: Tensor, format: FloatFormat) -> Tensor:
@@ -209,5 +258,5 @@ def feedback(moment_NN: Tensor, damp: float = 0.01) -> Tensor:
     return torch.flip(L_NN.diagonal(dim1=-2, dim2=-1).square(), (-1,))
 
 
-_NUMBERS_PER_BLOCK = 2**18
+_NUMBERS_PER_BLOCK = 2**17
 _SHORT = 1e-18  # ‖y‖₂² of a row that is as good as zero: even 1 / ‖y‖₂⁴ is a number

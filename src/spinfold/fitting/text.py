@@ -38,6 +38,7 @@ FIELDS: tuple[tuple[str, ...], ...] = (("text",), ("content",), ("prefix", "gold
 HELD_OUT = 0.2
 """The share of a calibration text that is held out for the figures, if they have no text of their own."""
 GUARD_TOKENS = 64
+_PROBE_TOKENS = 1 << 13
 NAMES = "sotu, wikitext2, wikitext2:test, c4"
 BETWEEN = "\n\n"
 
@@ -81,12 +82,13 @@ def texts_of(calibration: str, held_out: str | None = None) -> tuple[Text, Text]
 def tokenize(text: Text | str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None) -> Tensor:
     """The whole text tokenized once, without BOS or other special tokens: int64 [T].
 
-    `max_tokens` gives the first so many of these tokens without the time for the rest: a beginning of the text is
-    tokenized, doubled until it yields enough. Tokens depend on the text near them only, so those that a cut could
-    change, `GUARD_TOKENS` at its end, are not used.
+    `max_tokens` gives the first so many of these tokens without the time for the rest: a short beginning tells how many
+    characters make a token, then one that is long enough is tokenized. Tokens depend on the text near them only, so
+    those that a cut could change, `GUARD_TOKENS` at its end, are not used.
     """
     content = text.text if isinstance(text, Text) else text
-    num_characters = len(content) if max_tokens is None else 4 * (max_tokens + GUARD_TOKENS)
+    wanted = len(content) if max_tokens is None else max_tokens + GUARD_TOKENS
+    num_characters = len(content) if max_tokens is None else 4 * min(wanted, _PROBE_TOKENS)
     while True:
         # verbose=False: that the text is longer than one context is the point here, not a warning.
         encoded = tokenizer(
@@ -95,7 +97,7 @@ def tokenize(text: Text | str, tokenizer: PreTrainedTokenizerBase, max_tokens: i
         ids = encoded["input_ids"]
         if num_characters >= len(content) or len(ids) - GUARD_TOKENS >= (max_tokens or 0):
             return torch.tensor(ids[:max_tokens], dtype=torch.long)
-        num_characters *= 2
+        num_characters = int(1.1 * num_characters * wanted / max(1, len(ids))) + 1
 
 
 def windows(tokens_T: Tensor, seq_len: int, count: int | None = None, seed: int | None = None) -> Tensor:

@@ -10,6 +10,7 @@ Shapes: tiles (A, B), in groups (A, G, W) of W neighbours.
 from __future__ import annotations
 
 import math
+import os
 from functools import cache
 from typing import NamedTuple
 
@@ -17,30 +18,57 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
 from spinfold.kernels import Elements
 from spinfold.kernels.fake_quant_float import block_scale
-from spinfold.kernels.rounding import nearest_element, round_even
+from spinfold.kernels.rounding import round_even
 
 __all__ = [
     "Codes",
     "FloatGrid",
     "Grid",
     "IntGrid",
+    "extremes",
     "float_grid",
     "near_largest",
     "one",
     "outer_of",
+    "over_all",
     "processors",
     "put_on_grid",
     "room_for",
-    "row_extent",
     "shared_memory",
+    "store",
 ]
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23
-_MAGIC_BITS = tl.constexpr(0x4B400000)
 _EXPONENT = tl.constexpr(0x7F800000)
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+# Four pairs of codes at once. lop3 … 0xCA takes bits of its second operand where the first, a mask, has them.
+_CONVERT = tl.constexpr("""{
+    .reg .b16 %a, %b;
+    .reg .b32 %e, %o, %s;
+    cvt.rn.satfinite.e4m3x2.f32 %a, $2, $1;
+    cvt.rn.satfinite.e4m3x2.f32 %b, $4, $3;
+    mov.b32 %e, {%a, %b};
+    cvt.rn.satfinite.e4m3x2.f32 %a, $6, $5;
+    cvt.rn.satfinite.e4m3x2.f32 %b, $8, $7;
+    mov.b32 %o, {%a, %b};
+    shl.b32 %s, %o, 4;
+""")
+_JOIN = tl.constexpr("or.b32 $0, %e, %s; }")
+_JOIN_SIGNED = tl.constexpr("""
+    lop3.b32 %o, 0x80808080, %o, %s, 0xCA;
+    shr.b32 %s, %e, 4;
+    lop3.b32 %e, 0x08080808, %s, %e, 0xCA;
+    lop3.b32 $0, 0xF0F0F0F0, %o, %e, 0xCA; }""")
+_LAST_BYTES = tl.constexpr("""{
+    .reg .b32 %a, %b;
+    prmt.b32 %a, $1, $2, 0x0040;
+    prmt.b32 %b, $3, $4, 0x0040;
+    prmt.b32 $0, %a, %b, 0x5410; }""")
 
 
 class IntGrid(NamedTuple):
@@ -53,6 +81,7 @@ class IntGrid(NamedTuple):
     symmetric: bool
     floating: bool = False
     by_row: bool = False
+    rule: str = "real"
 
 
 class FloatGrid(NamedTuple):
@@ -102,172 +131,157 @@ def near_largest(most):
     return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
+# ── what the hardware has one instruction for, since Ada; and the same for older GPUs and the interpreter ──
+
+
+@triton.constexpr_function
+def _in_hardware():
+    return not _INTERPRETED and cuda_capability_geq(8, 9)
+
+
 @triton.jit
-def _grid(low, high, outer, clip, grid: tl.constexpr):
-    """Scale and second number of groups whose numbers lie between `low` and `high`."""
-    # What isn't finite fills the whole row on its way through the map. min and max with 0 would drop NaN.
-    spoilt = (high + low) * 0.0
-    low = tl.minimum(low, 0.0) * clip
-    high = tl.maximum(high, 0.0) * clip
-    if grid.by_row:
-        scale = nearest_element(
-            tl.maximum(high, -low) * (outer / grid.largest),
-            tl.constexpr(grid.s_steps), tl.constexpr(grid.s_smallest), tl.constexpr(grid.s_largest),
+def _saturated(x, factor, offset):
+    """x · factor + offset, no less than 0 and no more than 1."""
+    if not _in_hardware():
+        y = tl.minimum(tl.maximum(x * factor + offset, 0.0), 1.0)
+    else:
+        y = tl.inline_asm_elementwise(
+            "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, factor, offset], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return y
+
+
+@triton.jit
+def _saturated_sum(x, y):
+    """|x| + y, no less than 0 and no more than 1."""
+    if not _in_hardware():
+        z = tl.minimum(tl.maximum(tl.abs(x) + y, 0.0), 1.0)
+    else:
+        z = tl.inline_asm_elementwise(
+            "{ .reg .f32 %a; abs.f32 %a, $1; add.rn.sat.f32 $0, %a, $2; }", "=f,f,f", [x, y],
+            dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
-        second = outer
-    elif grid.floating:
-        scale = block_scale(
-            tl.maximum(high, -low), 1.0, tl.constexpr(grid.rule), tl.constexpr(grid.first),
-            tl.constexpr(grid.behind), tl.constexpr(grid.even), tl.constexpr(grid.largest),
-            tl.constexpr(grid.s_steps), tl.constexpr(grid.s_smallest), tl.constexpr(grid.s_largest),
+    return z
+
+
+@triton.jit
+def _with_sign(x, y):
+    """A positive x with the sign of y."""
+    x = x.to(tl.int32, bitcast=True)
+    y = y.to(tl.int32, bitcast=True)
+    if not _in_hardware():
+        z = x | y & -2147483648
+    else:
+        z = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, 0x80000000, 0xF8;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return z.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _last_bytes(x):
+    """The last byte of each number, an int32."""
+    if not _in_hardware():
+        y = x.to(tl.uint8)
+    else:
+        y = tl.inline_asm_elementwise(_LAST_BYTES, "=r,r,r,r,r", [x], dtype=tl.uint8, is_pure=True, pack=4)
+    return y
+
+
+@triton.jit
+def _fp8_code(x, MANTISSA_BITS: tl.constexpr):
+    """The codes of the FP8 numbers nearest to x, which saturate; ties to even, NaN stays NaN."""
+    if not _in_hardware():
+        largest: tl.constexpr = 448.0 if MANTISSA_BITS == 3 else 57344.0
+        bits = _nearest(x, MANTISSA_BITS, 6 if MANTISSA_BITS == 3 else 14, largest)
+        code = (bits >> (23 - MANTISSA_BITS)) & 0x7F | (bits >> 24) & 0x80
+        code = tl.where(x == x, code, 0x7F).to(tl.uint8)
+    else:
+        code = x.to(tl.float8e4nv if MANTISSA_BITS == 3 else tl.float8e5).to(tl.uint8, bitcast=True)
+    return code
+
+
+@triton.jit
+def _fp8_number(code, MANTISSA_BITS: tl.constexpr):
+    """The FP8 numbers that have these codes, none of them negative."""
+    if not _in_hardware():
+        depth: tl.constexpr = 6 if MANTISSA_BITS == 3 else 14
+        x = (code.to(tl.int32) << (23 - MANTISSA_BITS)).to(tl.float32, bitcast=True) * 2.0 ** (126 - depth)
+        x = tl.where(code == 0x7F, float("nan"), x)
+    else:
+        x = code.to(tl.float8e4nv if MANTISSA_BITS == 3 else tl.float8e5, bitcast=True).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _two_to_a_byte(first, second, SIGNED: tl.constexpr):
+    """Bytes of two codes each, the first in the low half. A code is `first` or `second` · 2^9, rounded half to even,
+    at most 15; or if `SIGNED` at most 7, and 8 more for a negative number.
+
+    Up to 16 · 2^-9, FP8 E4M3 numbers are as far apart as 2^-9, so their codes are the number of these steps.
+    """
+    if not _in_hardware():
+        low = _fp8_code(first, 3).to(tl.int32)
+        high = _fp8_code(second, 3).to(tl.int32)
+        if SIGNED:
+            low = low & 7 | low >> 4
+            high = high & 7 | high >> 4
+        codes = (low | high << 4).to(tl.uint8)
+    else:
+        codes = tl.inline_asm_elementwise(
+            _CONVERT + (_JOIN_SIGNED if SIGNED else _JOIN), "=r,f,f,f,f,f,f,f,f", [first, second],
+            dtype=tl.uint8, is_pure=True, pack=4,
         )  # fmt: skip
-        second = outer
-    elif grid.symmetric:
-        span = tl.maximum(high, -low)
-        scale = tl.div_rn(span, tl.zeros_like(span) + grid.q_high)
-        scale = tl.where(scale == 0.0, 1.0, scale)
-        second = outer
-    else:
-        span = high - low
-        scale = tl.div_rn(span, tl.zeros_like(span) + grid.q_high)
-        scale = tl.where(scale == 0.0, 1.0, scale)
-        second = tl.minimum(tl.maximum(round_even(tl.div_rn(-low, scale)), grid.q_low), grid.q_high)
-    return scale + spoilt, second
+    return codes
+
+
+# ── scales ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @triton.jit
-def _elements(z, per_step, second, grid: tl.constexpr):
-    """The elements nearest to z · per_step, and their codes, which for integers start at the lowest one.
+def extremes(z, unscale, grid: tl.constexpr):
+    """Smallest and largest number of each group of the lines of z, times `unscale`, one for each line; of each line if
+    the grid is that of a row. The smallest is no more than 0, the largest no less; or both are as far from it as the
+    largest absolute value where the grid wants no more.
 
-    Floating point: times a power of two, the smallest normal element is fp32's. Then fp32's bits, cut behind the
-    element's mantissa, are the code, subnormals included. Integers: a number plus 1.5 · 2^23 is rounded to whole steps,
-    and their count is in its last bits.
+    The largest bits are those of the largest positive number, or as unsigned numbers those of the smallest negative
+    one; NaN is beyond all of them. Of integers, the hardware compares three at a time, and no sign has to be removed.
     """
-    if grid.floating:
-        x = z * per_step
-        cut: tl.constexpr = 23 - grid.mantissa_bits
-        whole = (tl.minimum(tl.abs(x), grid.largest) * 2.0 ** (grid.depth - 126)).to(tl.int32, bitcast=True)
-        code = (whole + ((1 << (cut - 1)) - 1) + ((whole >> cut) & 1)) >> cut
-        sign = x.to(tl.int32, bitcast=True) & -2147483648
-        size = (code << cut).to(tl.float32, bitcast=True) * 2.0 ** (126 - grid.depth)
-        q = (size.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-        code = code | ((sign >> (32 - grid.bits)) & (1 << (grid.bits - 1)))
-    else:
-        middle = second * 0.0 + _MAGIC
-        if not grid.symmetric:
-            middle = second + _MAGIC
-        total = tl.fma(z, per_step, middle)
-        total = tl.minimum(tl.maximum(total, _MAGIC + grid.q_low), _MAGIC + grid.q_high)
-        q = total - middle
-        code = total.to(tl.int32, bitcast=True) - _MAGIC_BITS
-        if grid.symmetric and grid.bits == 4:
-            code -= grid.q_low
-    return q, code
-
-
-@triton.jit
-def _float_code(q, MANTISSA_BITS: tl.constexpr, DEPTH: tl.constexpr):
-    """Exponent and mantissa of elements whose smallest normal number is 2^-DEPTH, without the sign; int32."""
-    size = q.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    normal = (size >> (23 - MANTISSA_BITS)) - ((126 - DEPTH) << MANTISSA_BITS)
-    subnormal = (tl.abs(q) * 2.0 ** (MANTISSA_BITS + DEPTH)).to(tl.int32)
-    return tl.where(tl.abs(q) < 2.0**-DEPTH, subnormal, normal)
-
-
-@triton.jit
-def _stored_scale(scale, grid: tl.constexpr):
-    """Scales as they are stored: the exponent of a power of two, an FP8 number's code, else fp32."""
-    if not grid.floating or grid.rule == "real":
-        stored = scale
-    elif grid.rule == "e4m3" or grid.rule == "e5m2":
-        not_a_number: tl.constexpr = 0x7F
-        code = _float_code(scale, 3 if grid.rule == "e4m3" else 2, 6 if grid.rule == "e4m3" else 14)
-        stored = tl.where(scale == scale, code, not_a_number).to(tl.uint8)
-    else:
-        stored = (scale.to(tl.int32, bitcast=True) >> 23 & 0xFF).to(tl.uint8)
-    return stored
-
-
-@triton.jit
-def put_on_grid(
-    z, unscale, low, high, outer, clip, y_ptr, codes_ptr, scale_ptr, second_ptr, start, count, row, first,
-    COLUMN: tl.constexpr, B: tl.constexpr, grid: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Put the numbers z · unscale of a tile on their grids and store them, or their codes.
-
-    The tile is the `count` lines from `start` on of an array with B columns, from COLUMN on, and part of row `row`.
-    That row's extremes are `low` and `high`, and `outer` the scale of its scales; groups find their extremes
-    themselves. What there is one of for a row is stored if `first`.
-    """
-    TILE_A: tl.constexpr = z.shape[0]
-    TILE_B: tl.constexpr = z.shape[1]
-    W: tl.constexpr = grid.width if grid.width else TILE_B
-    G: tl.constexpr = TILE_B // W
-    z_AGW = tl.reshape(z, (TILE_A, G, W))
-    if grid.width:
-        low_AG, high_AG = _extent(z_AGW, 2, grid)
-        low_AG = low_AG * unscale
-        high_AG = high_AG * unscale
-        scale_AG, second_AG = _grid(low_AG, high_AG, outer, clip, grid)
-        scale = scale_AG[:, :, None]
-        second = outer
-        if not grid.floating and not grid.symmetric:
-            second = second_AG[:, :, None]
-    else:
-        scale, second = _grid(low, high, outer, clip, grid)
-    step = scale
-    if grid.by_row:
-        step = scale * (1.0 / outer)
-    # One division for a group, and not an exact one: a tie may fall the other way.
-    per_step = unscale / tl.where(step == 0.0, float("inf"), step)
-    q_AGW, code_AGW = _elements(z_AGW, per_step, second, grid)
-    if PACKED:
-        code_AB = tl.reshape(code_AGW, (TILE_A, TILE_B))
-        if grid.bits == 4:
-            low_AB, high_AB = tl.split(tl.reshape(code_AB, (TILE_A, TILE_B // 2, 2)))
-            _store(codes_ptr, low_AB | high_AB << 4, start, count, COLUMN // 2, B // 2)
-        else:
-            _store(codes_ptr, code_AB, start, count, COLUMN, B)
-        zeros: tl.constexpr = not grid.floating and not grid.symmetric
-        if grid.width:
-            _store(scale_ptr, _stored_scale(scale_AG, grid), start, count, COLUMN // W, B // W)
-            if zeros:
-                _store(second_ptr, second_AG, start, count, COLUMN // W, B // W)
-        elif first:
-            tl.store(scale_ptr + row, _stored_scale(scale, grid))
-            if zeros:
-                tl.store(second_ptr + row, second.to(tl.uint8))
-        if grid.by_row and first:
-            tl.store(second_ptr + row, outer)
-    else:
-        _store(y_ptr, tl.reshape(q_AGW * step, (TILE_A, TILE_B)), start, count, COLUMN, B)
-
-
-@triton.jit
-def _store(ptr, x, start, count, COLUMN: tl.constexpr, B: tl.constexpr):
-    """A tile as `count` lines from `start` on of an array with B columns, from COLUMN on."""
-    a_A1 = tl.arange(0, x.shape[0])[:, None]
-    b_1B = COLUMN + tl.arange(0, x.shape[1])[None, :]
-    tl.store(ptr + start * B + a_A1 * B + b_1B, x.to(ptr.dtype.element_ty), mask=(a_A1 < count) & (b_1B < B))
-
-
-@triton.jit
-def _extent(z, axis: tl.constexpr, grid: tl.constexpr):
-    """Smallest and largest number along an axis; the same distance from zero if the grid wants no more."""
+    W: tl.constexpr = grid.width if grid.width else z.shape[1]
+    z_AGW = tl.reshape(z, (z.shape[0], z.shape[1] // W, W))
+    high = tl.max(z_AGW.to(tl.int32, bitcast=True), axis=2).to(tl.float32, bitcast=True)
+    low = tl.max(z_AGW.to(tl.uint32, bitcast=True), axis=2).to(tl.float32, bitcast=True)
     if grid.floating or grid.symmetric:
-        high = tl.max(tl.abs(z), axis=axis)
+        high = tl.maximum(tl.abs(high), tl.abs(low), propagate_nan=tl.PropagateNan.ALL) * unscale[:, None]
         low = -high
     else:
-        low = tl.min(z, axis=axis)
-        high = tl.max(z, axis=axis)
+        high = tl.where(high < 0.0, 0.0, high) * unscale[:, None]
+        low = tl.where(low > 0.0, 0.0, low) * unscale[:, None]
     return low, high
 
 
 @triton.jit
-def row_extent(z, grid: tl.constexpr):
-    """`_extent` of a whole tile."""
-    low, high = _extent(z, 1, grid)
-    return tl.min(low, axis=0), tl.max(high, axis=0)
+def _wider(low, high, other_low, other_high):
+    return tl.minimum(low, other_low), tl.maximum(high, other_high)
+
+
+@triton.jit
+def over_all(ranges, grid: tl.constexpr):
+    """Smallest and largest number of a row, from the `extremes` of all of its tiles."""
+    low, high = _over_tile(ranges[0], grid)
+    for i in tl.static_range(1, len(ranges)):
+        low, high = _wider(low, high, *_over_tile(ranges[i], grid))
+    return low, high
+
+
+@triton.jit
+def _over_tile(range, grid: tl.constexpr):
+    if grid.floating or grid.symmetric:
+        high = tl.max(tl.max(range[1], axis=1), axis=0)
+        low = -high
+    else:
+        low, high = tl.reduce(tl.reduce(range, 1, _wider), 0, _wider)
+    return low, high
 
 
 @triton.jit
@@ -276,6 +290,185 @@ def outer_of(low, high, grid: tl.constexpr):
     most = tl.maximum(high, -low)
     outer = tl.div_rn(most * 0.0 + grid.s_largest * grid.largest, most)
     return tl.where(outer == float("inf"), 1.0, outer)
+
+
+@triton.jit
+def _divided(x, DIVISOR: tl.constexpr):
+    """x / DIVISOR, rounded as a division is: the inverse, and one step of correction."""
+    inverse: tl.constexpr = 1.0 / DIVISOR
+    ratio = x * inverse
+    return tl.fma(tl.fma(ratio, -DIVISOR, x), inverse, ratio)
+
+
+@triton.jit
+def _grid(low, high, outer, clip, grid: tl.constexpr):
+    """Scale, step and second number of groups whose numbers lie between `low` and `high`, and the scale as it is
+    stored: the exponent of a power of two, an FP8 number's code, else fp32.
+    """
+    # What isn't finite fills the whole row on its way through the map. min and max with 0 would drop NaN.
+    spoilt = (high + low) * 0.0
+    low = tl.minimum(low, 0.0) * clip
+    high = tl.maximum(high, 0.0) * clip
+    second = outer
+    if grid.rule == "e4m3" or grid.rule == "e5m2":
+        bits: tl.constexpr = 3 if grid.rule == "e4m3" else 2
+        stored = _fp8_code(tl.maximum(high, -low) * (outer / grid.largest) + spoilt, bits)
+        scale = _fp8_number(stored, bits)
+    elif grid.rule != "real":
+        scale = block_scale(
+            tl.maximum(high, -low), 1.0, tl.constexpr(grid.rule), tl.constexpr(grid.first),
+            tl.constexpr(grid.behind), tl.constexpr(grid.even), tl.constexpr(grid.largest),
+            tl.constexpr(grid.s_steps), tl.constexpr(grid.s_smallest), tl.constexpr(grid.s_largest),
+        )  # fmt: skip
+        scale += spoilt
+        stored = (scale.to(tl.int32, bitcast=True) >> 23 & 0xFF).to(tl.uint8)
+    else:
+        if grid.floating:
+            scale = _divided(tl.maximum(high, -low), grid.largest)
+        else:
+            scale = _divided(tl.maximum(high, -low) if grid.symmetric else high - low, grid.q_high)
+            scale = tl.where(scale == 0.0, 1.0, scale)
+        scale += spoilt
+        stored = scale
+    step = scale
+    if grid.by_row:
+        step = scale * (1.0 / outer)
+    # One division for a group, and not an exact one: a tie may fall the other way.
+    per_step = 1.0 / tl.where(step == 0.0, float("inf"), step)
+    if not grid.floating and not grid.symmetric:
+        second = tl.minimum(tl.maximum(round_even(-low * per_step), grid.q_low), grid.q_high)
+    return stored, step, per_step, second
+
+
+# ── elements ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@triton.jit
+def _nearest(x, MANTISSA_BITS: tl.constexpr, DEPTH: tl.constexpr, LARGEST: tl.constexpr):
+    """The bits of the elements nearest to x, times a power of two: then their smallest normal number, 2^-DEPTH, is
+    that of fp32, and cut behind the element's mantissa fp32's bits are the element's, subnormals included.
+    """
+    cut: tl.constexpr = 23 - MANTISSA_BITS
+    bits = (tl.clamp(x, -LARGEST, LARGEST) * 2.0 ** (DEPTH - 126)).to(tl.int32, bitcast=True)
+    return (bits + (((1 << (cut - 1)) - 1) + ((bits >> cut) & 1))) & -(1 << cut)
+
+
+@triton.jit
+def _numbers(z, per_step, step, second, grid: tl.constexpr):
+    """The elements nearest to z · per_step, times `step`."""
+    if grid.floating:
+        bits = _nearest(z * per_step, grid.mantissa_bits, grid.depth, grid.largest)
+        q = bits.to(tl.float32, bitcast=True) * 2.0 ** (126 - grid.depth)
+    else:
+        span: tl.constexpr = grid.q_high - grid.q_low
+        t = _share_of_span(z, per_step, second, grid)
+        # A number plus 1.5 · 2^23 is rounded to an integer.
+        if grid.symmetric:
+            q = tl.fma(t, span, _MAGIC + grid.q_low) - _MAGIC
+        else:
+            q = tl.fma(t, span, _MAGIC + grid.q_low) - (second + _MAGIC)
+    return q * step
+
+
+@triton.jit
+def _share_of_span(z, per_step, second, grid: tl.constexpr):
+    """Where integers lie before they are rounded, between 0 for the lowest and 1 for the highest."""
+    per_span: tl.constexpr = 1.0 / (grid.q_high - grid.q_low)
+    if grid.symmetric:
+        return _saturated(z, per_step * per_span, -grid.q_low * per_span)
+    return _saturated(z, per_step * per_span, (second - grid.q_low) * per_span)
+
+
+@triton.jit
+def _codes(z, per_step, second, grid: tl.constexpr):
+    """Bytes of codes of the elements nearest to z · per_step. z has neighbours on its last axis."""
+    if grid.bits == 4:
+        if grid.floating:
+            # The eight elements 0, ½, 1, 1½, 2, 3, 4, 6 lie on three lines, 2 apart each: 4, 2 and 1 steps.
+            half = z * (per_step * 0.5)
+            x = tl.fma(_saturated_sum(half, -1.0), 2.0, _saturated_sum(half, -2.0))
+            x = _with_sign(tl.fma(_saturated_sum(half, 0.0), 4.0, x) * 2.0**-9, z)
+        else:
+            x = _share_of_span(z, per_step, second, grid) * ((grid.q_high - grid.q_low) * 2.0**-9)
+        lead: tl.constexpr = z.shape[0] * z.shape[1]
+        first, other = tl.split(tl.reshape(x, (lead, z.shape[2] // 2, 2)))
+        code = _two_to_a_byte(first, other, grid.floating)
+    elif grid.floating:
+        code = _fp8_code(z * per_step, grid.mantissa_bits)
+    else:
+        share = _share_of_span(z, per_step, second, grid)
+        total = tl.fma(share, grid.q_high - grid.q_low, _MAGIC + grid.q_low)
+        code = _last_bytes(total.to(tl.int32, bitcast=True))
+    return code
+
+
+@triton.jit
+def put_on_grid(
+    z, unscale, low, high, outer, clip, y_ptr, codes_ptr, scale_ptr, second_ptr, start, count, row, first,
+    COLUMN: tl.constexpr, B: tl.constexpr, grid: tl.constexpr, PACKED: tl.constexpr,
+    HALVES: tl.constexpr = False,
+):  # fmt: skip
+    """Put the numbers of a tile, times `unscale` that each line has, on their grids and store them, or their codes.
+
+    The tile is the `count` lines from `start` on of an array with B columns, from COLUMN on, and part of row `row`.
+    `low` and `high` are the `extremes` of its groups, or those of the row, `outer` the scale of the row's scales. What
+    there is one of for a row is stored if `first`.
+    """
+    TILE_A: tl.constexpr = z.shape[0]
+    TILE_B: tl.constexpr = z.shape[1]
+    W: tl.constexpr = grid.width if grid.width else TILE_B
+    z_AGW = tl.reshape(z, (TILE_A, TILE_B // W, W))
+    stored, step, per_step, second = _grid(low, high, outer, clip, grid)
+    zeros: tl.constexpr = not grid.floating and not grid.symmetric
+    of_step, of_second = step, second
+    if grid.width:
+        of_step = step[:, :, None]
+        per_step = (per_step * unscale[:, None])[:, :, None]
+        if zeros:
+            of_second = second[:, :, None]
+    else:
+        per_step = (per_step * unscale)[:, None, None]
+    if PACKED:
+        code = _codes(z_AGW, per_step, of_second, grid)
+        bytes: tl.constexpr = 2 if grid.bits == 4 else 1
+        code = tl.reshape(code, (TILE_A, TILE_B // bytes))
+        _store(codes_ptr, code, start, count, COLUMN // bytes, B // bytes)
+        if grid.width:
+            _store(scale_ptr, stored, start, count, COLUMN // W, B // W)
+            if zeros:
+                _store(second_ptr, second, start, count, COLUMN // W, B // W)
+        elif first:
+            tl.store(scale_ptr + row, stored)
+            if zeros:
+                tl.store(second_ptr + row, second.to(tl.uint8))
+        if grid.by_row and first:
+            tl.store(second_ptr + row, outer)
+    else:
+        q_AGW = _numbers(z_AGW, per_step, of_step, of_second, grid)
+        store(y_ptr, tl.reshape(q_AGW, (TILE_A, TILE_B)), start, count, COLUMN, B, HALVES)
+
+
+@triton.jit
+def store(ptr, x, start, count, COLUMN: tl.constexpr, B: tl.constexpr, HALVES: tl.constexpr):
+    """A tile as `count` lines from `start` on of an array with B columns, from COLUMN on; in `HALVES` if a store of all
+    columns at once would deal them out to other threads.
+    """
+    if HALVES:
+        HALF: tl.constexpr = x.shape[1] // 2
+        left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, HALF)), (0, 2, 1)))
+        _store(ptr, left, start, count, COLUMN, B)
+        _store(ptr, right, start, count, COLUMN + HALF, B)
+    else:
+        _store(ptr, x, start, count, COLUMN, B)
+
+
+@triton.jit
+def _store(ptr, x, start, count, COLUMN: tl.constexpr, B: tl.constexpr):
+    a_A1 = tl.arange(0, x.shape[0])[:, None]
+    b_1B = COLUMN + tl.arange(0, x.shape[1])[None, :]
+    if ptr.dtype.element_ty == tl.int8:
+        x = x.to(tl.int8, bitcast=True)
+    tl.store(ptr + start * B + a_A1 * B + b_1B, x.to(ptr.dtype.element_ty), mask=(a_A1 < count) & (b_1B < B))
 
 
 def room_for(x: Tensor, grid: Grid | None, packed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -293,7 +486,7 @@ def _empty_codes(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     codes = x.new_empty((*lead, size // 2 if grid.bits == 4 else size), dtype=code_type)
     if isinstance(grid, FloatGrid):
         scale = x.new_empty(groups, dtype=torch.float32 if grid.rule == "real" else torch.uint8)
-        return codes, scale, x.new_empty((*lead, 1), dtype=torch.float32) if grid.by_row else x
+        return (codes, scale, x.new_empty((*lead, 1), dtype=torch.float32) if grid.by_row else x)
     return (
         codes,
         x.new_empty(groups, dtype=torch.float32),

@@ -30,13 +30,15 @@ from torch import Tensor
 from spinfold.kernels.grids import (
     Codes,
     Grid,
+    extremes,
     near_largest,
     one,
     outer_of,
+    over_all,
     processors,
     put_on_grid,
     room_for,
-    row_extent,
+    store,
 )
 
 __all__ = ["MEASURED", "MEASURED_FEW", "MEASURED_WHOLE", "Tiling", "best_tiling", "hadamard", "tilings"]
@@ -83,45 +85,90 @@ def _largest(x):
 
 
 @triton.jit
-def _two_products(lefts, xs, right, up, factor, COUNT: tl.constexpr, SPLIT: tl.constexpr):
-    """Some rows of H_aᵀ X H_b · factor in fp32; an fp32 X times `up` as two numbers of 16 bits."""
-    y_RB = tl.zeros((lefts[0].shape[0], xs[0].shape[1]), tl.float32)
+def _left_product(lefts, xs, up, COUNT: tl.constexpr, SPLIT: tl.constexpr):
+    """Some rows of H_aᵀ X in fp32; an fp32 X times `up` as two numbers of 16 bits."""
+    y_RC = tl.zeros((lefts[0].shape[0], xs[0].shape[1]), tl.float32)
     for i in tl.static_range(COUNT):
-        x_DB = xs[i]
+        x_DC = xs[i]
         if SPLIT:
-            x_DB = x_DB * up
-            high_DB = x_DB.to(tl.float16)
-            y_RB = tl.dot(lefts[i], (x_DB - high_DB.to(tl.float32)).to(tl.float16), y_RB)
-            x_DB = high_DB
-        y_RB = tl.dot(lefts[i], x_DB, y_RB)
-    # max drops NaN, but the product carries it on.
-    up_R, down_R = near_largest(tl.max(tl.abs(y_RB), axis=1))
-    y_RB = y_RB * up_R[:, None]
-    high_RB = y_RB.to(tl.float16)
-    z_RB = tl.dot(high_RB, right)
+            x_DC = x_DC * up
+            high_DC = x_DC.to(tl.float16)
+            y_RC = tl.dot(lefts[i], (x_DC - high_DC.to(tl.float32)).to(tl.float16), y_RC)
+            x_DC = high_DC
+        y_RC = tl.dot(lefts[i], x_DC, y_RC)
+    return y_RC
+
+
+@triton.jit
+def _right_product(y_RC, right, SPLIT: tl.constexpr):
+    """Rows of H_aᵀ X times `right`, and for each row the power of two by which the result is to be multiplied."""
+    # A row's sum of absolute values is little more than its largest one for a floating-point number, and cheaper.
+    up_R, down_R = near_largest(tl.sum(tl.abs(y_RC), axis=1))
+    y_RC = y_RC * up_R[:, None]
+    high_RC = y_RC.to(tl.float16)
+    z_RC = tl.dot(high_RC, right)
     if SPLIT:
-        z_RB = tl.dot((y_RB - high_RB.to(tl.float32)).to(tl.float16), right, z_RB)
-    return z_RB * (down_R * factor)[:, None]
+        z_RC = tl.dot((y_RC - high_RC.to(tl.float32)).to(tl.float16), right, z_RC)
+    return z_RC, down_R
 
 
 @triton.jit
 def _rows_of_result(lefts, xs, right, up, factor, COUNT: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr):
-    """Some rows of H_aᵀ X H_b · factor, in one part or in halves of the columns: then H_b is H_2 ⊗ `right`."""
-    ws = ()
-    for j in tl.static_range(PARTS):
-        ws = ws + (_two_products(lefts, xs[j], right, up, factor, COUNT, SPLIT),)
+    """Some rows of H_aᵀ X H_b, in one part or in halves of the columns: then H_b is H_2 ⊗ `right`. And what each row is
+    to be multiplied by.
+    """
+    z_RC, down_R = _right_product(_left_product(lefts, xs[0], up, COUNT, SPLIT), right, SPLIT)
+    ws = (z_RC,)
+    unscale_R = down_R * factor
     if PARTS == 2:
-        ws = (ws[0] + ws[1], ws[0] - ws[1])
-    return ws
+        other_RC, other_R = _right_product(_left_product(lefts, xs[1], up, COUNT, SPLIT), right, SPLIT)
+        z_RC = z_RC * down_R[:, None]
+        ws = (tl.fma(other_RC, other_R[:, None], z_RC), tl.fma(other_RC, -other_R[:, None], z_RC))
+        unscale_R = tl.zeros_like(down_R) + factor
+    return ws, unscale_R
+
+
+@triton.constexpr_function
+def _run(columns, packed):
+    """Columns that a thread is to hold of every line: 16 bytes of numbers; codes of 16, which may share a scale."""
+    return min(16 if packed else 8, columns // 4)
+
+
+@triton.constexpr_function
+def _halves(columns, dtype):
+    """Do two stores fit four threads with 16 bytes each?"""
+    return columns * dtype.element_ty.primitive_bitwidth == 2 * 4 * 128
+
+
+@triton.constexpr_function
+def _interleaved(rows, warps, grid, packed):
+    """Warps whose rows alternate in the tile's order, eight at a time: as stores of 16 bytes deal out rows that four
+    threads fill; rows of 4-bit codes are filled by two, and stay within a warp.
+    """
+    return warps if rows % (16 * warps) == 0 and not (packed and grid.bits == 4) else 1
 
 
 @triton.jit
-def _write(ws, y_ptr, first, A: tl.constexpr, B: tl.constexpr):
-    """Store a tile, in parts of its columns, from row `first` on of a matrix `(A, B)`."""
-    a_R1 = first + tl.arange(0, ws[0].shape[0])[:, None]
-    for j in tl.static_range(len(ws)):
-        b_1B = j * ws[0].shape[1] + tl.arange(0, ws[0].shape[1])[None, :]
-        tl.store(y_ptr + a_R1 * B + b_1B, ws[j].to(y_ptr.dtype.element_ty), mask=(a_R1 < A) & (b_1B < B))
+def _swapped(x, FIRST: tl.constexpr, SECOND: tl.constexpr, REST: tl.constexpr):
+    """Columns, whose numbers are (…, i, j, k), in the order (…, j, i, k), for i < FIRST, j < SECOND, k < REST."""
+    y = tl.reshape(x, (x.shape[0], x.shape[1] // (FIRST * SECOND * REST), FIRST, SECOND, REST))
+    return tl.reshape(tl.permute(y, (0, 1, 3, 2, 4)), x.shape)
+
+
+@triton.jit
+def _swapped_rows(x, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """The same for rows, in eights."""
+    y = tl.reshape(x, (x.shape[0] // (FIRST * SECOND * 8), FIRST, SECOND, 8, x.shape[1]))
+    return tl.reshape(tl.permute(y, (0, 2, 1, 3, 4)), x.shape)
+
+
+@triton.jit
+def _in_order(z_RC, RUN: tl.constexpr, WARPS: tl.constexpr):
+    """A product whose factors have their rows and columns swapped, in order again. No number moves: of a line, the
+    tensor cores leave columns 8 k + 2 t and the next one with thread t of four, which in order has RUN neighbours;
+    and rows 16 w to 16 w + 15 with warp w, which in order has eight neighbours, and eight more 8 WARPS further on.
+    """
+    return _swapped_rows(_swapped(z_RC, RUN // 2, 4, 2), WARPS, 2)
 
 
 @triton.constexpr_function
@@ -131,22 +178,24 @@ def _before(sizes, index):
 
 @triton.jit
 def _row_on_grid(
-    zs, clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row,
+    zs, unscales, clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row,
     A: tl.constexpr, B: tl.constexpr, RS: tl.constexpr, PARTS: tl.constexpr, grid: tl.constexpr, PACKED: tl.constexpr,
+    HALVES: tl.constexpr,
 ):  # fmt: skip
     """Put all tiles of a row, as a matrix `(A, B)`, on its grid, or on grids whose scales have one in common."""
-    low, high = row_extent(zs[0], grid)
-    for i in tl.static_range(1, len(zs)):
-        more_low, more_high = row_extent(zs[i], grid)
-        low = tl.minimum(low, more_low)
-        high = tl.maximum(high, more_high)
+    ranges = ()
+    for i in tl.static_range(len(zs)):
+        ranges = ranges + (extremes(zs[i], unscales[i // PARTS], grid),)
+    low, high = over_all(ranges, grid)
     outer = 1.0
     if grid.by_row:
         outer = outer_of(low, high, grid)
     for i in tl.static_range(len(zs)):
-        put_on_grid(zs[i], 1.0, low, high, outer, clip, y_ptr, codes_ptr, scale_ptr, second_ptr,
+        if grid.width:
+            low, high = ranges[i]
+        put_on_grid(zs[i], unscales[i // PARTS], low, high, outer, clip, y_ptr, codes_ptr, scale_ptr, second_ptr,
                     row * A + _before(RS, i // PARTS), A - _before(RS, i // PARTS), row, i == 0,
-                    i % PARTS * zs[i].shape[1], B, grid, PACKED)  # fmt: skip
+                    i % PARTS * zs[i].shape[1], B, grid, PACKED, HALVES)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -155,19 +204,22 @@ def _hadamard(
     num_rows, factor,
     A: tl.constexpr, B: tl.constexpr, DS: tl.constexpr, RS: tl.constexpr, TILE_B: tl.constexpr, PARTS: tl.constexpr,
     SHARED: tl.constexpr, TILE_G: tl.constexpr, grid: tl.constexpr, PACKED: tl.constexpr, SIGNS: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     COUNT: tl.constexpr = len(DS)
     C: tl.constexpr = TILE_B // PARTS
     N: tl.constexpr = A * B
     begin = tl.program_id(1) * RS[0] if SHARED else 0
     left_ptr += begin * _before(DS, COUNT)
-    right_CC = _block(right_ptr, 0, 0, C, C, TILE_B)
+    RUN: tl.constexpr = _run(C, PACKED)
+    HALVES: tl.constexpr = _halves(C, y_ptr.dtype)
+    right_CC = _swapped(_block(right_ptr, 0, 0, C, C, TILE_B), 4, RUN // 2, 2)
     lefts = ()
     for r in tl.static_range(len(RS)):
         blocks = ()
         for d in tl.static_range(COUNT):
-            blocks = blocks + (_block(left_ptr, _before(RS, r), _before(DS, d), RS[r], DS[d], _before(DS, COUNT)),)
+            block = _block(left_ptr, _before(RS, r), _before(DS, d), RS[r], DS[d], _before(DS, COUNT))
+            blocks = blocks + (_swapped_rows(block, 2, _interleaved(RS[r], WARPS, grid, PACKED)),)
         lefts = lefts + (blocks,)
     clip = tl.load(clip_ptr)
     for row in tl.range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0), num_stages=STAGES):
@@ -189,36 +241,46 @@ def _hadamard(
             up, back = near_largest(most)
             down = factor * back
         zs = ()
+        unscales = ()
         for r in tl.static_range(len(RS)):
             first = begin + _before(RS, r)
-            ws = _rows_of_result(lefts[r], xs, right_CC, up, down, COUNT, PARTS, SPLIT)
-            if grid is None:
-                if SIGNS == "after":
-                    signed = ()
-                    for j in tl.static_range(PARTS):
-                        signs_RC = _load(signs_ptr, first, j * C, RS[r], C, A, B).to(tl.float32)
-                        signed = signed + (ws[j] * signs_RC,)
-                    ws = signed
-                _write(ws, y_ptr + row * N, first, A, B)
-            elif TILE_G:
-                _write(ws, scratch_ptr + tl.program_id(0) * N, first, A, B)
-            elif grid.width == 0 or grid.by_row:
-                zs = zs + ws
-            else:
+            ws, unscale_R = _rows_of_result(lefts[r], xs, right_CC, up, down, COUNT, PARTS, SPLIT)
+            if grid is None or TILE_G:
                 for j in tl.static_range(PARTS):
-                    put_on_grid(ws[j], 1.0, 0.0, 0.0, 1.0, clip, y_ptr, codes_ptr, scale_ptr, second_ptr,
-                                row * A + first, A - first, row, False, j * C, B, grid, PACKED)  # fmt: skip
+                    z_RC = _in_order(ws[j] * unscale_R[:, None], RUN, _interleaved(RS[r], WARPS, grid, PACKED))
+                    if SIGNS == "after":
+                        z_RC = z_RC * _load(signs_ptr, first, j * C, RS[r], C, A, B).to(tl.float32)
+                    if TILE_G:
+                        place = scratch_ptr + tl.program_id(0) * N
+                        store(place, z_RC, first, A - first, j * C, B, False)
+                    else:
+                        store(y_ptr, z_RC, row * A + first, A - first, j * C, B, HALVES)
+            else:
+                unscale_R = tl.reshape(
+                    _swapped_rows(unscale_R[:, None], _interleaved(RS[r], WARPS, grid, PACKED), 2), (RS[r],)
+                )
+                for j in tl.static_range(PARTS):
+                    z_RC = _in_order(ws[j], RUN, _interleaved(RS[r], WARPS, grid, PACKED))
+                    if grid.width == 0 or grid.by_row:
+                        zs = zs + (z_RC,)
+                    else:
+                        low, high = extremes(z_RC, unscale_R, grid)
+                        put_on_grid(z_RC, unscale_R, low, high, 1.0, clip, y_ptr, codes_ptr, scale_ptr, second_ptr,
+                                    row * A + first, A - first, row, False, j * C, B, grid, PACKED, HALVES)  # fmt: skip
+                unscales = unscales + (unscale_R,)
         if TILE_G:
             # Groups that cross rows of the matrix: the row comes back from the cache with a group in each line.
             LINES: tl.constexpr = N // grid.width
             tl.debug_barrier()
             z_GW = _load(scratch_ptr + tl.program_id(0) * N, 0, 0, TILE_G, grid.width, LINES, grid.width)
             tl.debug_barrier()
-            _row_on_grid((z_GW,), clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row, LINES, grid.width, (TILE_G,),
-                         1, grid, PACKED)  # fmt: skip
+            one_G = tl.full((TILE_G,), 1.0, tl.float32)
+            _row_on_grid((z_GW,), (one_G,), clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row, LINES, grid.width,
+                         (TILE_G,), 1, grid, PACKED, False)  # fmt: skip
         elif grid is not None:  # noqa: SIM102 (without a grid the next line does not compile)
             if grid.width == 0 or grid.by_row:
-                _row_on_grid(zs, clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row, A, B, RS, PARTS, grid, PACKED)
+                _row_on_grid(zs, unscales, clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row, A, B, RS, PARTS, grid,
+                             PACKED, HALVES)  # fmt: skip
 
 
 def hadamard(
@@ -263,7 +325,7 @@ def hadamard(
             height, columns, _depths(height), heights[:1] if shared else heights, right.shape[0], parts, shared,
             lines, grid, packed,
             "none" if signs is None else "after" if signs_after else "before",
-            x.dtype == torch.float32, 1 if lines or count == num_rows else num_stages, num_warps=num_warps,
+            x.dtype == torch.float32, 1 if lines or count == num_rows else num_stages, num_warps, num_warps=num_warps,
             enable_fp_fusion=False,
         )  # fmt: skip
     return Codes(codes, scale, None if second is x else second) if packed else y
@@ -285,7 +347,7 @@ def _heights(height: int, rows: int) -> tuple[int, ...]:
 def padded(tiling: Tiling, size: int) -> tuple[int, int, int]:
     """Rows and columns of H_aᵀ as it is stored, and rows of H_b."""
     height = size // tiling.columns
-    return sum(_heights(height, tiling.rows)), sum(_depths(height)), max(16, triton.next_power_of_2(tiling.columns))
+    return (sum(_heights(height, tiling.rows)), sum(_depths(height)), max(16, triton.next_power_of_2(tiling.columns)))
 
 
 def best_tiling(

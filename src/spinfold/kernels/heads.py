@@ -4,7 +4,7 @@
 
 M is any matrix of a head's size. The product runs on the tensor cores: r is brought near fp16's largest number, row by
 row, by a power of two, and rounded to fp16, as M is; an fp32 x and its M are cut in two fp16 numbers, 22 bits
-together. Nothing else is rounded in between.
+together. Nothing else is rounded in between, but tensor cores don't round sums: they cut them off.
 
 Shapes: R rows, one for each head of each token, the heads of a token together; N head size.
 """
@@ -17,11 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spinfold.kernels.grids import Codes, Grid, near_largest, one, processors, put_on_grid, room_for
+from spinfold.kernels.grids import Codes, Grid, extremes, near_largest, one, processors, put_on_grid, room_for
 
 __all__ = ["LARGEST_HEAD", "rotate_heads"]
 
 LARGEST_HEAD = 256
+_LIFT = 2.0**12
+"""Without it, second halves of the entries of an orthogonal matrix were subnormal in fp16, with fewer than 11 bits."""
 
 
 @triton.jit
@@ -36,14 +38,11 @@ def _rows(m_ptr, FIRST: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _times(y, r, high_m, low_m, SPLIT: tl.constexpr):
-    """y + r M for some rows of M, all as one fp16 number or two."""
+def _add_rest(y, r, high_m, low_m):
+    """y + what the first halves of r and of some rows of M leave out of r M, but for the product of second halves."""
     high = r.to(tl.float16)
-    y = tl.dot(high, high_m, y)
-    if SPLIT:
-        y = tl.dot((r - high.to(tl.float32)).to(tl.float16), high_m, y)
-        y = tl.dot(high, low_m, y)
-    return y
+    y = tl.dot((r - high.to(tl.float32)).to(tl.float16), high_m, y)
+    return tl.dot(high, low_m, y)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_angles"])
@@ -79,15 +78,21 @@ def _rotate_heads(
         most_R = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))
         # max drops NaN, but the product carries it on.
         up_R, down_R = near_largest(most_R)
+        first, second = first * up_R[:, None], second * up_R[:, None]
         y = tl.zeros((TILE_R, N), tl.float32)
-        y = _times(y, first * up_R[:, None], top, low_top, SPLIT)
-        y = _times(y, second * up_R[:, None], bottom, low_bottom, SPLIT)
-        y = y * (down_R * factor)[:, None]
+        if SPLIT:  # before the large terms: tensor cores cut off what lies below a sum's last bit, step by step
+            y = _add_rest(y, first, top, low_top)
+            y = _add_rest(y, second, bottom, low_bottom)
+        y = tl.dot(first.to(tl.float16), top, y)
+        y = tl.dot(second.to(tl.float16), bottom, y)
+        unscale_R = down_R * factor
         if grid is None:
+            y = y * unscale_R[:, None]
             column_1N = tl.arange(0, N)[None, :]
             tl.store(y_ptr + row_R1 * N + column_1N, y.to(y_ptr.dtype.element_ty), mask=mask_R1)
         else:
-            put_on_grid(y, 1.0, 0.0, 0.0, 1.0, clip, y_ptr, codes_ptr, scale_ptr, second_ptr,
+            low, high = extremes(y, unscale_R, grid)
+            put_on_grid(y, unscale_R, low, high, 1.0, clip, y_ptr, codes_ptr, scale_ptr, second_ptr,
                         start, num_rows - start, 0, False, 0, N, grid, PACKED)  # fmt: skip
 
 
@@ -118,6 +123,7 @@ def rotate_heads(
         assert cos.stride() == sin.stride() and cos.stride(-1) == 1
         assert cos.shape[0] == 1 or cos.stride(0) == cos.stride(1) * cos.shape[1]
         num_angles, stride = cos.shape[0] * cos.shape[1], cos.stride(1)
+    factor /= _LIFT
     tile, num_warps, num_stages, programs = cut or best_cut(num_rows, size)
     if num_rows:
         count = min(triton.cdiv(num_rows, tile), programs * processors(x.device))
@@ -131,9 +137,10 @@ def rotate_heads(
 
 
 def split_matrix(matrix: Tensor) -> Tensor:
-    """A matrix `(N, N)` as the sum of two in fp16, `(2, N, N)`."""
-    high = matrix.half()
-    return torch.stack([high, (matrix.double() - high.double()).half()])
+    """_LIFT times a matrix `(N, N)`, whose entries are less than 16, as the sum of two in fp16, `(2, N, N)`."""
+    lifted = matrix.double() * _LIFT
+    high = lifted.half()
+    return torch.stack([high, (lifted - high.double()).half()])
 
 
 def best_cut(num_rows: int, size: int) -> tuple[int, int, int, int]:

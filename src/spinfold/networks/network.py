@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spinfold.compute import settle_vector_functions
 from spinfold.errors import SpinfoldError
 from spinfold.networks.family import family_of
 from spinfold.networks.layer import Layer, Linear, parts_of
@@ -60,6 +61,7 @@ class Network:
         store: Store | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        settle_vector_functions()  # nothing is computed without a network
         self.checkpointing = False
         self.family = family_of(model.config.model_type)
         self.model, self.tokenizer, self.name = model, tokenizer, name or self.family.name

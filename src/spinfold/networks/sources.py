@@ -25,12 +25,14 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    TOKENIZER_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as hf_logging
 
@@ -173,7 +175,9 @@ class Checkpoint:
         with transformers_errors(what, "Put the original tokenizer files (tokenizer.json and its configs) beside it."):
             safe = {"trust_remote_code": False, "local_files_only": True}
             if self.kind == "gguf":
-                tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, **safe)
+                # The class that AutoTokenizer takes: it would read the header several times more, to find the config.
+                tokenizer_class = TOKENIZER_MAPPING.get(type(self.config), PreTrainedTokenizerFast)
+                tokenizer = tokenizer_class.from_pretrained(self.path.parent, gguf_file=self.path.name, **safe)
             else:
                 tokenizer = AutoTokenizer.from_pretrained(self.path, **safe)
             # Without its files, Transformers may build a tokenizer that knows no words.
@@ -357,7 +361,8 @@ def _check_loaded(what: str, model: PreTrainedModel, info: Mapping[str, Any]) ->
 
 def _check_finite(name: str, model: PreTrainedModel, dtype: torch.dtype) -> None:
     for parameter_name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        # A finite sum has finite terms; a sum that is not may have overflowed.
+        if not bool(parameter.sum().isfinite()) and not bool(torch.isfinite(parameter).all()):
             raise SpinfoldError(
                 f"The weights of {name} are not all finite.",
                 f"{parameter_name} holds NaN, infinity, or a value too large for {str(dtype).removeprefix('torch.')}.",

@@ -76,7 +76,8 @@ def gptq(
     grid = fit_grid(w_OI, fmt, search=search, scale_dtype=scale_dtype)
     nearest_OI = grid.dequantize(grid.quantize(w_OI), w_OI.dtype)
     order_I = _order(h_II.diagonal(), fmt.group_of(w_OI.shape[1]), act_order, static_groups)
-    factor = inverse_factor(h_II[order_I[:, None], order_I], damp)
+    # H is symmetric, and rows are gathered sooner than columns.
+    factor = inverse_factor(h_II.index_select(0, order_I).T.contiguous().index_select(0, order_I), damp)
     whole_OG1 = fmt.whole_of(*extent(fmt.split(w_OI)))
 
     def refit(w_Og: Tensor, group: int) -> Grid:
@@ -119,7 +120,7 @@ def live_problem(w_OI: Tensor, hessian_II: Tensor) -> tuple[Tensor, Tensor, int]
             "It has one row and one column for each input feature.",
             "Collect the statistics at the input of this linear.",
         )
-    if not hessian_II.isfinite().all():
+    if not hessian_II.sum(dtype=torch.float64).isfinite():  # one pass, where to ask each entry takes several
         raise SpinfoldError(
             f"The Hessian of a weight of shape {tuple(w_OI.shape)} contains NaN or infinity.",
             "An activation overflowed during calibration.",
@@ -139,6 +140,7 @@ def report_of(
     w_OI: Tensor, h_II: Tensor, rounded_OI: Tensor, nearest_OI: Tensor, factor: InverseFactor, num_dead: int
 ) -> GPTQReport:
     """How far two ways to round `w_OI` are from it."""
+    h_II = h_II.to(w_OI.dtype)
     energy_3O = torch.stack([energy_O(x_OI, h_II) for x_OI in (w_OI - rounded_OI, w_OI - nearest_OI, w_OI)])
     error, nearest_error, total = energy_3O.sum(1).tolist()
     return GPTQReport(

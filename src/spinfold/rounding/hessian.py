@@ -2,7 +2,7 @@
 
     H = (1/N) Σ xᵀx        H⁻¹ = Uᵀ U,  U upper triangular        energy of X: tr(X H Xᵀ) = E|x Xᵀ|²
 
-Shapes: I in features, O out features, T tokens.
+Shapes: I in features, the first half J and the second K, O out features, T tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
-from spinfold.compute import precision, products
+from spinfold.compute import exact_products, precision, products
 from spinfold.distributed import summed
 from spinfold.errors import SpinfoldError
 
@@ -39,7 +39,8 @@ class HessianAccumulator:
         size, device = self._sum_II.shape[0], self._sum_II.device
         x_TI = x_TI.reshape(-1, size)
         y_TI = x_TI if y_TI is None else y_TI.reshape(-1, size)
-        with precision("fp32", device):  # TF32 would lose more than the 1 % damping hides
+        dtype = torch.promote_types(x_TI.dtype, y_TI.dtype)
+        with precision("fp32", device), exact_products(dtype, device):  # TF32 loses more than the 1 % damping hides
             for x_PI, y_PI in zip(x_TI.split(8192), y_TI.split(8192), strict=True):
                 x_PI = x_PI.to(device, torch.float32)
                 self._sum_II += _square(x_PI) if y_TI is x_TI else y_PI.to(device, torch.float32).T @ x_PI
@@ -103,8 +104,9 @@ def energy_O(x_OI: Tensor, hessian_II: Tensor) -> Tensor:
     with precision("fp32", x_OI.device):
         for low in range(0, size, step):
             y_OJ = x_OI[:, low : low + step] @ h_II[low : low + step, low:]
-            y_OJ[:, step:] *= 2
-            sums_O += y_OJ.mul_(x_OI[:, low:]).sum(1, dtype=torch.float64)
+            y_OJ[:, :step] /= 2
+            sums_O += y_OJ.mul_(x_OI[:, low:]).sum(1)
+    sums_O *= 2
     return sums_O
 
 
@@ -123,46 +125,52 @@ class InverseFactor:
 
 
 def inverse_factor(hessian_II: Tensor, damp: float) -> InverseFactor:
-    """Factor the inverse of a damped Hessian, in fp64.
-
-    Let J reverse the order of indices and J H J = L Lᵀ be its Cholesky factorisation. Then
-    H = V Vᵀ with V = J L J upper triangular, and H⁻¹ = V⁻ᵀ V⁻¹ = Uᵀ U with
-    U = V⁻¹ = J L⁻¹ J: one factorisation and one triangular solve, and H⁻¹ itself is never formed.
+    """Factor the inverse of a damped Hessian, in fp64; H⁻¹ itself is never formed.
 
     If H is not positive definite, the damping grows tenfold up to 1. If that does not help either
     (H is far from being a Hessian), U = 1: any diagonal U makes GPTQ round to nearest.
     """
     h_II = hessian_II.to(torch.float64)
     mean = h_II.diagonal().abs().mean()
-    # Of a model with 70 billion weights each of these matrices has 6.6 GB: none is kept longer than it is needed.
     while True:
-        l_II = h_II.flip(0, 1)
-        l_II.diagonal().add_(damp * mean)
-        l_II, failed_at = torch.linalg.cholesky_ex(l_II)
-        if not failed_at:
-            u_II = _inverse(l_II)
-            del l_II
-            u_II = u_II.flip(0, 1)
-            if u_II.isfinite().all():
-                return InverseFactor(u_II, damp, diagonal=False)
+        u_II = _inverse(h_II, damp * mean)
+        if u_II is not None and u_II.sum().isfinite():
+            return InverseFactor(u_II, damp, diagonal=False)
         if damp >= 1:
             return InverseFactor(_identity(h_II), damp, diagonal=True)
         damp = min(1.0, max(0.001, damp) * 10)
 
 
-def _inverse(l_II: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix; on a CPU in blocks, with two thirds of the operations.
+def _inverse(h_II: Tensor, damping: Tensor) -> Tensor | None:
+    """The upper triangular U with (H + damping)⁻¹ = Uᵀ U, None where that is not positive definite.
 
-    [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [-C⁻¹ B A⁻¹, C⁻¹]]
+    Let J reverse the order of indices and J H J = L Lᵀ be its Cholesky factorisation. Then H = V Vᵀ with V = J L J
+    upper triangular, and H⁻¹ = V⁻ᵀ V⁻¹ = Uᵀ U with U = V⁻¹ = J L⁻¹ J: one factorisation and one triangular solve.
+    A CPU multiplies more than twice as fast as it does either, so there large matrices are taken apart:
+
+        H = [[A, B], [Bᵀ, C]],  V = [[V₁, X], [0, V₂]]:    V₂ V₂ᵀ = C,  X = B U₂ᵀ,  V₁ V₁ᵀ = A - X Xᵀ
+        U = [[U₁, -U₁ X U₂], [0, U₂]]
     """
-    half = len(l_II) // 2
-    if half < 64 or l_II.is_cuda:
-        return torch.linalg.solve_triangular(l_II, _identity(l_II), upper=False)
-    inverse_II = torch.zeros_like(l_II)
-    a_JJ, c_KK = _inverse(l_II[:half, :half]), _inverse(l_II[half:, half:])
-    inverse_II[:half, :half], inverse_II[half:, half:] = a_JJ, c_KK
-    inverse_II[half:, :half] = (c_KK @ (l_II[half:, :half] @ a_JJ)).neg_()
-    return inverse_II
+    half = len(h_II) // 2
+    if half < 48 or h_II.is_cuda:
+        # Of a model with 70 billion weights each of these matrices has 6.6 GB: none is kept longer than it is needed.
+        l_II = h_II.flip(0, 1)
+        l_II.diagonal().add_(damping)
+        l_II, failed_at = torch.linalg.cholesky_ex(l_II)
+        if failed_at:
+            return None
+        u_II = torch.linalg.solve_triangular(l_II, _identity(l_II), upper=False)
+        del l_II
+        return u_II.flip(0, 1)
+    if (u2_KK := _inverse(h_II[half:, half:], damping)) is None:
+        return None
+    x_JK = h_II[:half, half:] @ u2_KK.T
+    if (u1_JJ := _inverse(h_II[:half, :half] - x_JK @ x_JK.T, damping)) is None:
+        return None
+    u_II = torch.zeros_like(h_II)
+    u_II[:half, :half], u_II[half:, half:] = u1_JJ, u2_KK
+    u_II[:half, half:] = (u1_JJ @ (x_JK @ u2_KK)).neg_()
+    return u_II
 
 
 def _identity(like_II: Tensor) -> Tensor:

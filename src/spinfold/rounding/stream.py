@@ -65,7 +65,7 @@ class Stream(networks.Stream):
         def stop(wire: str, _: nn.Module, args: tuple[Tensor, ...], x: Tensor) -> None:
             if wire in left:
                 left.remove(wire)
-                self._at = wire, (x.float(), args[1] if len(args) > 1 else None)
+                self._at = wire, (x, args[1] if len(args) > 1 else None)
                 with precision("fp32", self.device):
                     act(wire)
                 self._at = None
@@ -78,7 +78,7 @@ class Stream(networks.Stream):
                 handle.remove()
 
     def on_wire(self, layer: Layer, wire: str) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """What a wire of the next layer carries, fp32, and on the wires of experts which of them a token meets,
+        """What a wire of the next layer carries, and on the wires of experts which of them a token meets,
         `(T, K)`; the rest of the layer does not run."""
         if self._at is not None and self._at[0] == wire:
             yield self._at[1]
@@ -86,7 +86,7 @@ class Stream(networks.Stream):
         seen: list[tuple[Tensor, Tensor | None]] = []
 
         def note(_: nn.Module, args: tuple[Tensor, ...], x: Tensor) -> None:
-            seen.append((x.float(), args[1] if len(args) > 1 else None))
+            seen.append((x, args[1] if len(args) > 1 else None))
             raise _Enough
 
         for x_BTD in self.batches:
@@ -133,7 +133,7 @@ def moments_of(
             hessians[expert].add(x_TI)
         if unrounded is not None and experts_TK is None:
             drift = drift or HessianAccumulator(x.shape[-1], x.device)
-            drift.add(x, next(unrounded)[0] - x)
+            drift.add(x.float(), next(unrounded)[0].float() - x.float())
     hessians = HessianAccumulator.joined(hessians)
     drift = HessianAccumulator.joined({None: drift} if drift else {}).get(None)
     if None in hessians:
