@@ -46,24 +46,55 @@ _MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23
 _EXPONENT = tl.constexpr(0x7F800000)
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-# Four pairs of codes at once. lop3 … 0xCA takes bits of its second operand where the first, a mask, has them.
-_CONVERT = tl.constexpr("""{
+# Four pairs of codes at once, of integers.
+_INTEGER_PAIRS = tl.constexpr("""{
     .reg .b16 %a, %b;
-    .reg .b32 %e, %o, %s;
+    .reg .b32 %e, %o;
     cvt.rn.satfinite.e4m3x2.f32 %a, $2, $1;
     cvt.rn.satfinite.e4m3x2.f32 %b, $4, $3;
     mov.b32 %e, {%a, %b};
     cvt.rn.satfinite.e4m3x2.f32 %a, $6, $5;
     cvt.rn.satfinite.e4m3x2.f32 %b, $8, $7;
     mov.b32 %o, {%a, %b};
-    shl.b32 %s, %o, 4;
-""")
-_JOIN = tl.constexpr("or.b32 $0, %e, %s; }")
-_JOIN_SIGNED = tl.constexpr("""
-    lop3.b32 %o, 0x80808080, %o, %s, 0xCA;
-    shr.b32 %s, %e, 4;
-    lop3.b32 %e, 0x08080808, %s, %e, 0xCA;
-    lop3.b32 $0, 0xF0F0F0F0, %o, %e, 0xCA; }""")
+    shl.b32 %o, %o, 4;
+    or.b32 $0, %e, %o; }""")
+
+
+def _fp4_pairs() -> str:
+    """The same of FP4 elements times 2^-14: then fp16's smallest normal number is theirs, and their codes are fp16's
+    bits 9 to 11, rounded. Two numbers in a register share each step: 6 at most, half a step more, the code in the
+    half's upper four bits with the sign; where lop3 … 0xCA takes bits of its second operand where the first, a mask,
+    has them. A number cut off is still on its side of the middle between two elements; the middle goes to the larger.
+    """
+    pairs = (("$1", "$3"), ("$5", "$7"), ("$2", "$4"), ("$6", "$8"))  # numbers i and i + 4 of eight
+    lines = ["{ .reg .b32 %p, %m, %c, %largest;", "mov.b32 %largest, 0x0E000E00;"]
+    for index, (low, high) in enumerate(pairs):
+        lines += [
+            f"cvt.rz.f16x2.f32 %p, {high}, {low};",
+            "abs.f16x2 %m, %p;",
+            "min.f16x2 %m, %m, %largest;",
+            "mad.lo.u32 %m, %m, 8, 0x08000800;",
+            "lop3.b32 %m, %p, 0x80008000, %m, 0xEA;",
+        ]
+        lines += ["mov.b32 %c, %m;"] if index == 0 else ["shr.b32 %c, %c, 4;", "lop3.b32 %c, 0xF000F000, %m, %c, 0xCA;"]
+    return "\n".join([*lines, "mov.b32 $0, %c; }"])
+
+
+_FP4_PAIRS = tl.constexpr(_fp4_pairs())
+# The elements themselves, times 2^-14.
+_FP4_ELEMENTS = tl.constexpr("""{
+    .reg .b16 %a, %b;
+    .reg .b32 %p, %m, %largest;
+    mov.b32 %largest, 0x0E000E00;
+    cvt.rz.f16x2.f32 %p, $3, $2;
+    abs.f16x2 %m, %p;
+    min.f16x2 %m, %m, %largest;
+    add.u32 %m, %m, 0x01000100;
+    lop3.b32 %m, %largest, %m, %p, 0xCA;
+    and.b32 %m, %m, 0x8E008E00;
+    mov.b32 {%a, %b}, %m;
+    cvt.f32.f16 $0, %a;
+    cvt.f32.f16 $1, %b; }""")
 _LAST_BYTES = tl.constexpr("""{
     .reg .b32 %a, %b;
     prmt.b32 %a, $1, $2, 0x0040;
@@ -152,33 +183,6 @@ def _saturated(x, factor, offset):
 
 
 @triton.jit
-def _saturated_sum(x, y):
-    """|x| + y, no less than 0 and no more than 1."""
-    if not _in_hardware():
-        z = tl.minimum(tl.maximum(tl.abs(x) + y, 0.0), 1.0)
-    else:
-        z = tl.inline_asm_elementwise(
-            "{ .reg .f32 %a; abs.f32 %a, $1; add.rn.sat.f32 $0, %a, $2; }", "=f,f,f", [x, y],
-            dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    return z
-
-
-@triton.jit
-def _with_sign(x, y):
-    """A positive x with the sign of y."""
-    x = x.to(tl.int32, bitcast=True)
-    y = y.to(tl.int32, bitcast=True)
-    if not _in_hardware():
-        z = x | y & -2147483648
-    else:
-        z = tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, 0x80000000, 0xF8;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return z.to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _last_bytes(x):
     """The last byte of each number, an int32."""
     if not _in_hardware():
@@ -214,25 +218,43 @@ def _fp8_number(code, MANTISSA_BITS: tl.constexpr):
 
 
 @triton.jit
-def _two_to_a_byte(first, second, SIGNED: tl.constexpr):
+def _two_integers_to_a_byte(first, second):
     """Bytes of two codes each, the first in the low half. A code is `first` or `second` · 2^9, rounded half to even,
-    at most 15; or if `SIGNED` at most 7, and 8 more for a negative number.
+    at most 15.
 
     Up to 16 · 2^-9, FP8 E4M3 numbers are as far apart as 2^-9, so their codes are the number of these steps.
     """
     if not _in_hardware():
-        low = _fp8_code(first, 3).to(tl.int32)
-        high = _fp8_code(second, 3).to(tl.int32)
-        if SIGNED:
-            low = low & 7 | low >> 4
-            high = high & 7 | high >> 4
-        codes = (low | high << 4).to(tl.uint8)
+        codes = _fp8_code(first, 3) | _fp8_code(second, 3) << 4
     else:
         codes = tl.inline_asm_elementwise(
-            _CONVERT + (_JOIN_SIGNED if SIGNED else _JOIN), "=r,f,f,f,f,f,f,f,f", [first, second],
-            dtype=tl.uint8, is_pure=True, pack=4,
-        )  # fmt: skip
+            _INTEGER_PAIRS, "=r,f,f,f,f,f,f,f,f", [first, second], dtype=tl.uint8, is_pure=True, pack=4
+        )
     return codes
+
+
+@triton.jit
+def _two_fp4_to_a_byte(first, second):
+    """Bytes of two codes each, the first in the low half: of the FP4 numbers nearest to `first` and `second` · 2^14."""
+    if not _in_hardware():
+        low = _nearest(first * 2.0**14, 1, 0, 6.0)
+        high = _nearest(second * 2.0**14, 1, 0, 6.0)
+        codes = (low >> 22 & 7 | low >> 28 & 8 | (high >> 18 & 0x70 | high >> 24 & 0x80)).to(tl.uint8)
+    else:
+        codes = tl.inline_asm_elementwise(
+            _FP4_PAIRS, "=r,f,f,f,f,f,f,f,f", [first, second], dtype=tl.uint8, is_pure=True, pack=4
+        )
+    return codes
+
+
+@triton.jit
+def _fp4_element(x):
+    """The FP4 numbers nearest to x · 2^14, times 2^-14."""
+    if not _in_hardware():
+        y = _nearest(x * 2.0**14, 1, 0, 6.0).to(tl.float32, bitcast=True) * 2.0**112
+    else:
+        y = tl.inline_asm_elementwise(_FP4_ELEMENTS, "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2)
+    return y
 
 
 # ── scales ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -356,7 +378,9 @@ def _nearest(x, MANTISSA_BITS: tl.constexpr, DEPTH: tl.constexpr, LARGEST: tl.co
 @triton.jit
 def _numbers(z, per_step, step, second, grid: tl.constexpr):
     """The elements nearest to z · per_step, times `step`."""
-    if grid.floating:
+    if grid.floating and grid.bits == 4:
+        q = _fp4_element(z * (per_step * 2.0**-14)) * 2.0**14
+    elif grid.floating:
         bits = _nearest(z * per_step, grid.mantissa_bits, grid.depth, grid.largest)
         q = bits.to(tl.float32, bitcast=True) * 2.0 ** (126 - grid.depth)
     else:
@@ -383,16 +407,13 @@ def _share_of_span(z, per_step, second, grid: tl.constexpr):
 def _codes(z, per_step, second, grid: tl.constexpr):
     """Bytes of codes of the elements nearest to z · per_step. z has neighbours on its last axis."""
     if grid.bits == 4:
+        lead: tl.constexpr = z.shape[0] * z.shape[1]
         if grid.floating:
-            # The eight elements 0, ½, 1, 1½, 2, 3, 4, 6 lie on three lines, 2 apart each: 4, 2 and 1 steps.
-            half = z * (per_step * 0.5)
-            x = tl.fma(_saturated_sum(half, -1.0), 2.0, _saturated_sum(half, -2.0))
-            x = _with_sign(tl.fma(_saturated_sum(half, 0.0), 4.0, x) * 2.0**-9, z)
+            x = z * (per_step * 2.0**-14)
         else:
             x = _share_of_span(z, per_step, second, grid) * ((grid.q_high - grid.q_low) * 2.0**-9)
-        lead: tl.constexpr = z.shape[0] * z.shape[1]
         first, other = tl.split(tl.reshape(x, (lead, z.shape[2] // 2, 2)))
-        code = _two_to_a_byte(first, other, grid.floating)
+        code = _two_fp4_to_a_byte(first, other) if grid.floating else _two_integers_to_a_byte(first, other)
     elif grid.floating:
         code = _fp8_code(z * per_step, grid.mantissa_bits)
     else:

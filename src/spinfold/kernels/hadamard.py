@@ -50,7 +50,8 @@ _MEMORY = 227 * 1024
 
 class Tiling(NamedTuple):
     """How the work is cut: b, parts in which the columns come (1, or 2 if b is a power of two), rows of a tile of the
-    result, warps of a program, rows in flight, programs per SM.
+    result, warps of a program, rows in flight, programs per SM, registers of a thread at most: fewer let more programs
+    run on an SM at once.
     """
 
     columns: int
@@ -59,6 +60,7 @@ class Tiling(NamedTuple):
     num_warps: int
     num_stages: int
     programs: int
+    registers: int = 255
 
 
 @triton.jit
@@ -101,15 +103,12 @@ def _left_product(lefts, xs, up, COUNT: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def _right_product(y_RC, right, SPLIT: tl.constexpr):
-    """Rows of H_aᵀ X times `right`, and for each row the power of two by which the result is to be multiplied."""
-    # A row's sum of absolute values is little more than its largest one for a floating-point number, and cheaper.
-    up_R, down_R = near_largest(tl.sum(tl.abs(y_RC), axis=1))
-    y_RC = y_RC * up_R[:, None]
+    """Rows of H_aᵀ X, near fp16's largest number, times `right`."""
     high_RC = y_RC.to(tl.float16)
     z_RC = tl.dot(high_RC, right)
     if SPLIT:
         z_RC = tl.dot((y_RC - high_RC.to(tl.float32)).to(tl.float16), right, z_RC)
-    return z_RC, down_R
+    return z_RC
 
 
 @triton.jit
@@ -117,15 +116,19 @@ def _rows_of_result(lefts, xs, right, up, factor, COUNT: tl.constexpr, PARTS: tl
     """Some rows of H_aᵀ X H_b, in one part or in halves of the columns: then H_b is H_2 ⊗ `right`. And what each row is
     to be multiplied by.
     """
-    z_RC, down_R = _right_product(_left_product(lefts, xs[0], up, COUNT, SPLIT), right, SPLIT)
-    ws = (z_RC,)
-    unscale_R = down_R * factor
+    ys = ()
+    sums = ()
+    for j in tl.static_range(PARTS):
+        y_RC = _left_product(lefts, xs[j], up, COUNT, SPLIT)
+        ys = ys + (y_RC,)
+        sums = sums + (tl.sum(tl.abs(y_RC), axis=1),)
+    # A row's sum of absolute values is little more than its largest one for a floating-point number, and cheaper.
+    up_R, down_R = near_largest(sums[0] if PARTS == 1 else sums[0] + sums[1])
+    ws = (_right_product(ys[0] * up_R[:, None], right, SPLIT),)
     if PARTS == 2:
-        other_RC, other_R = _right_product(_left_product(lefts, xs[1], up, COUNT, SPLIT), right, SPLIT)
-        z_RC = z_RC * down_R[:, None]
-        ws = (tl.fma(other_RC, other_R[:, None], z_RC), tl.fma(other_RC, -other_R[:, None], z_RC))
-        unscale_R = tl.zeros_like(down_R) + factor
-    return ws, unscale_R
+        other_RC = _right_product(ys[1] * up_R[:, None], right, SPLIT)
+        ws = (ws[0] + other_RC, ws[0] - other_RC)
+    return ws, down_R * factor
 
 
 @triton.constexpr_function
@@ -312,7 +315,7 @@ def hadamard(
     shared = num_rows <= FEW and (grid is None or (grid.width > 0 and not grid.by_row and not lines))
     if shared:
         tiling = tiling._replace(parts=1, rows=16, num_warps=4)
-    columns, parts, rows, num_warps, num_stages, programs = tiling
+    columns, parts, rows, num_warps, num_stages, programs, registers = tiling
     heights = _heights(height, rows)
     assert grid is None or x.shape[-1] == size
     y, codes, scale, second = room_for(x, grid, packed)
@@ -326,7 +329,7 @@ def hadamard(
             lines, grid, packed,
             "none" if signs is None else "after" if signs_after else "before",
             x.dtype == torch.float32, 1 if lines or count == num_rows else num_stages, num_warps, num_warps=num_warps,
-            enable_fp_fusion=False,
+            enable_fp_fusion=False, **({} if registers == 255 else {"maxnreg": registers}),
         )  # fmt: skip
     return Codes(codes, scale, None if second is x else second) if packed else y
 
@@ -376,17 +379,18 @@ def best_tiling(
 
 def _within(memory: int, tiling: Tiling, size: int, num_bytes: int) -> Tiling | None:
     """The tiling with as many rows in flight as shared memory holds beside both matrices, an fp32 row's two pieces, and
-    room to reorder a tile of the result.
+    room to reorder a tile of the result. An fp32 row may take all registers, which were counted for 16 bits.
     """
     height, depth, columns = padded(tiling, size)
     part = columns // tiling.parts
     beside = 2 * (height * depth + part**2) + num_bytes * part * tiling.rows + 4 * depth * columns * (num_bytes == 4)
     num_stages = min(tiling.num_stages, (memory - beside) // (num_bytes * columns * depth))
-    return tiling._replace(num_stages=num_stages) if num_stages > 0 else None
+    registers = 255 if num_bytes == 4 else tiling.registers
+    return tiling._replace(num_stages=num_stages, registers=registers) if num_stages > 0 else None
 
 
 def tilings(orders: tuple[int, ...]) -> list[Tiling]:
-    """All that are worth a measurement: the two cuts with least work, each in several ways."""
+    """All that are worth a measurement: the two cuts with least work, each in several ways, and those measured best."""
     size = math.prod(orders)
     cuts = sorted(_cuts(orders), key=lambda columns: _work(_usual(columns, size), size))[:2]
     found = [
@@ -399,6 +403,7 @@ def tilings(orders: tuple[int, ...]) -> list[Tiling]:
         for programs in (1, 2, 3, 4, 6, 8, 12, 16)
         if rows < max(32, 2 * size // columns) and programs * num_warps <= 32
     ]
+    found += [_within(_MEMORY, table[size], size, 2) for table in (MEASURED, MEASURED_WHOLE) if size in table]
     return sorted({tiling for tiling in found if tiling is not None})
 
 
@@ -429,26 +434,26 @@ FEW = 64
 
 MEASURED: dict[int, Tiling] = {
     576: Tiling(48, 1, 16, 1, 2, 16),
-    1536: Tiling(32, 1, 32, 1, 2, 16),
-    3072: Tiling(64, 1, 64, 4, 2, 6),
-    4096: Tiling(64, 1, 64, 4, 1, 16),
-    5120: Tiling(128, 2, 64, 4, 2, 8),
-    8192: Tiling(128, 2, 64, 4, 2, 4),
-    9728: Tiling(128, 2, 64, 4, 2, 3),
+    1536: Tiling(32, 1, 16, 1, 2, 24),
+    3072: Tiling(64, 1, 16, 1, 2, 16),
+    4096: Tiling(64, 1, 64, 4, 2, 16),
+    5120: Tiling(64, 1, 64, 4, 2, 8),
+    8192: Tiling(128, 2, 64, 4, 2, 16),
+    9728: Tiling(128, 2, 64, 4, 2, 3, 168),
     11008: Tiling(64, 1, 64, 4, 1, 2),
-    14336: Tiling(128, 2, 128, 8, 2, 4),
-    18944: Tiling(128, 2, 64, 4, 2, 2),
+    14336: Tiling(128, 2, 128, 8, 2, 4, 128),
+    18944: Tiling(128, 2, 64, 4, 1, 2),
 }
 MEASURED_WHOLE: dict[int, Tiling] = {
     576: Tiling(48, 1, 16, 1, 2, 16),
-    1536: Tiling(32, 1, 32, 1, 2, 16),
+    1536: Tiling(32, 1, 32, 1, 2, 16, 104),
     3072: Tiling(64, 1, 16, 1, 2, 16),
-    4096: Tiling(64, 1, 64, 4, 1, 6),
-    5120: Tiling(64, 1, 64, 4, 2, 4),
-    8192: Tiling(128, 2, 64, 4, 2, 4),
-    9728: Tiling(128, 2, 64, 4, 2, 2),
+    4096: Tiling(64, 1, 64, 4, 2, 16),
+    5120: Tiling(64, 1, 64, 4, 2, 5, 96),
+    8192: Tiling(128, 2, 64, 4, 2, 16),
+    9728: Tiling(128, 2, 64, 4, 2, 3, 168),
     11008: Tiling(64, 1, 64, 4, 1, 2),
-    14336: Tiling(128, 2, 128, 8, 2, 4),
+    14336: Tiling(128, 2, 128, 8, 2, 2, 128),
     18944: Tiling(128, 2, 64, 4, 1, 4),
 }
 MEASURED_FEW: dict[int, Tiling] = {
@@ -463,4 +468,6 @@ MEASURED_FEW: dict[int, Tiling] = {
     14336: Tiling(128, 2, 128, 8, 1, 1),
     18944: Tiling(128, 2, 128, 8, 1, 1),
 }
-"""The best of `tilings` on an H100, by size (`benchmarks/transforms.py`); WHOLE: for grids that need all of a row."""
+"""The best of `tilings`, with fewer registers if that helps, on an H100, by size (`benchmarks/transforms.py`); WHOLE:
+for grids that need all of a row.
+"""

@@ -21,7 +21,8 @@ from spinfold.kernels.grids import Codes, Grid, extremes, near_largest, one, pro
 
 __all__ = ["LARGEST_HEAD", "rotate_heads"]
 
-LARGEST_HEAD = 256
+LARGEST_HEAD = {2: 256, 4: 128}
+"""By the bytes of a number: shared memory holds M, for fp32 both its pieces."""
 _LIFT = 2.0**12
 """Without it, second halves of the entries of an orthogonal matrix were subnormal in fp16, with fewer than 11 bits."""
 
@@ -108,7 +109,8 @@ def rotate_heads(
     packed: bool = False,
     cut: tuple[int, int, int, int] | None = None,
 ) -> Tensor | Codes:
-    """`x (B, T, H, N)`, N a power of two from 32 to LARGEST_HEAD, times `factor` · `matrix`, which is `split_matrix`'s.
+    """`x (B, T, H, N)`, N a power of two from 32 to LARGEST_HEAD of its dtype, times `factor` · `matrix`, which is
+    `split_matrix`'s.
 
     `cos` and `sin`, `(1 or B, T, N / 2)`, are those of the angles of each token; with neither, x is not turned, and
     has any leading axes. A `grid`, whose `width` is N for one to a row, puts each row on it; `packed` gives codes.
@@ -116,6 +118,7 @@ def rotate_heads(
     """
     x = x.contiguous()
     size = matrix.shape[-1]
+    assert size <= LARGEST_HEAD[x.element_size()]
     num_rows = x.numel() // size
     y, codes, scale, second = room_for(x, grid, packed)
     num_angles, stride = 1, 0
