@@ -4,7 +4,8 @@
 
 Both are commands of their own: a process predicts, the next one runs. Memory is the largest resident set that the
 system has seen of the run's process, GPU memory the most that was allocated, seconds the sum over stages. What is done
-between the stages, outliers and folding, counts as `fit and fold`. `--small` takes few windows and steps, for a CPU.
+between the stages, outliers and folding, counts as `fit and fold`. `--small` takes few windows, and few and short steps
+end to end, for a CPU.
 Details, the machine's rates among them, are in OUT/planning.json; a run that fails leaves its reason.
 """
 
@@ -26,11 +27,12 @@ RUNS = {
     "spinquant, gptq": ["--method", "spinquant", "--rounding", "gptq"],
     "spinfold, gptq": ["--method", "spinfold", "--rounding", "gptq"],
     "quarot, gptaq": ["--method", "quarot", "--rounding", "gptaq"],
+    "spinfold layer by layer, gptq": ["--method", "spinfold", "--rounding", "gptq", "--steps", "0"],
 }
 FULL = ["--samples", "64", "--seq-len", "2048"]
 SMALL = ["--samples", "8", "--seq-len", "256"]
-FEW_STEPS = ["--steps", "10"]
-WITHOUT_STEPS = ("quarot, rtn", "quarot, gptq", "quarot, gptaq")
+FEW_STEPS = {"steps": 4, "batch": 4, "seq_len": 256}
+END_TO_END = ("spinquant, gptq", "spinfold, gptq")
 
 
 def main() -> None:
@@ -62,8 +64,9 @@ def predicted_and_measured(options: argparse.Namespace, name: str, seconds: floa
     """Both: `seconds`, `memory`, `gpu` (None on a CPU), and `stages`, each name with its seconds and GPU bytes."""
     output = options.out / name.replace(", ", "-")
     sizes = SMALL if options.small else FULL
-    if options.small and name not in WITHOUT_STEPS:
-        sizes = sizes + FEW_STEPS
+    if options.small and name in END_TO_END:
+        (recipe := options.out / "few-steps.yaml").write_text(json.dumps({"schema_version": 1, "fit": FEW_STEPS}))
+        sizes = [*sizes, "--recipe", str(recipe)]
     command = [sys.executable, "-m", "spinfold", "quantize", options.model, "-o", str(output), *RUNS[name], *sizes]
     command += ["--bits", "W4A4KV4", "--calibration", options.calibration, "--device", options.device, "--json"]
     plan = subprocess.run([*command, "--plan"], capture_output=True, text=True, timeout=seconds)

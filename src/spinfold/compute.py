@@ -7,9 +7,8 @@ bf16   fp32 residual stream and norms, linear layers and attention in bf16 (torc
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -19,7 +18,6 @@ from spinfold.errors import SpinfoldError
 
 __all__ = [
     "exact_products",
-    "keep_freed_memory",
     "pick_device",
     "pick_precision",
     "precision",
@@ -58,19 +56,6 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and world() > 1:
         torch.cuda.set_device(device)
     return device
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next tensor, up to a GiB, instead of returning it to the system.
-
-    Otherwise each large tensor comes from the system page by page, which takes as long as an operation on it. For the
-    whole process, from now on; where the C library is not glibc, nothing changes.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    with suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_threshold, 1 << 30)
-        mallopt(trim_threshold, 1 << 30)
 
 
 def settle_vector_functions() -> None:

@@ -30,7 +30,10 @@ from spinfold.maps import Diagonal, Identity, Map, SiteMaps
 from spinfold.networks import INPUT_WIRE, SKIP_WIRES, Layer, Network
 from spinfold.runtime import OnlineMap, maps_around
 
-__all__ = ["fold", "fold_layers", "fold_norms", "place_online"]
+__all__ = ["WORDS_AT_ONCE", "fold", "fold_layers", "fold_norms", "place_online"]
+
+WORDS_AT_ONCE = 4096
+"""Rows of embedding and head that are in fp64 at a time."""
 
 
 def fold_norms(network: Network) -> None:
@@ -76,8 +79,10 @@ def fold(network: Network, maps: SiteMaps) -> None:
         if any(len(layer.wire(wire).ops) for layer in network.layers for wire in SKIP_WIRES):
             raise ValueError("the skip connections already change the basis")
         network.untie()
-        _merge(network.embedding.weight.data.T, None, None, maps.residual_at(0))
-        _merge(network.head.weight.data, None, maps.residual_at(last), None)
+        for words_VD in network.embedding.weight.data.split(WORDS_AT_ONCE):
+            _merge(words_VD.T, None, None, maps.residual_at(0))
+        for words_VD in network.head.weight.data.split(WORDS_AT_ONCE):
+            _merge(words_VD, None, maps.residual_at(last), None)
     fold_layers(network, maps)
     place_online(network, maps)
 

@@ -26,8 +26,9 @@ import torch
 import transformers
 
 from spinfold import __version__, plan
+from spinfold.allocator import keep_freed_memory
 from spinfold.checkpoint import save_clips, save_maps, save_model
-from spinfold.compute import keep_freed_memory, pick_device, pick_precision
+from spinfold.compute import pick_device, pick_precision
 from spinfold.distributed import held_by_first, is_first, joined, on_first, world
 from spinfold.errors import SpinfoldError
 from spinfold.evaluation import Quality, measure_quality

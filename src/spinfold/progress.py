@@ -30,6 +30,8 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, Time
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from spinfold.allocator import return_freed_memory
+
 __all__ = ["Bar", "Live", "Logged", "Plain", "Progress", "Quiet", "StageRecord", "for_terminal", "launched"]
 
 
@@ -90,6 +92,7 @@ class _Recorder(Progress):
             bar.close(seconds, peak, finished)
             if finished:
                 self.records.append(StageRecord(name, seconds, peak))
+            return_freed_memory()
 
 
 class Quiet(_Recorder):

@@ -30,7 +30,7 @@ class Machine:
     free_device_bytes: int | None = None
 
 
-_BURSTS, _BURST_SECONDS = 6, 0.05
+_BURSTS, _BURST_SECONDS = 10, 0.05
 
 
 def measure_machine(device: torch.device, compute: str = "auto") -> Machine:

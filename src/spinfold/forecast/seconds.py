@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from spinfold.forecast.machine import Machine
 from spinfold.forecast.sizes import Sizes
 from spinfold.methods import METHODS
-from spinfold.recipe import Recipe
+from spinfold.recipe import Bits, Recipe
 from spinfold.rounding import MEASURED_WINDOWS, choices_of
 
-__all__ = ["Seconds", "calibration_tokens"]
+__all__ = ["Seconds", "calibration_tokens", "end_to_end_steps", "learns_down"]
 
 GPU_PASSES = 0.25
 """The share of a CPU's passes that a GPU makes: its kernels do several in one."""
@@ -25,6 +25,21 @@ launches, and factors of matrices that don't fill the device."""
 def calibration_tokens(recipe: Recipe) -> float:
     """Of all windows for the Hessians."""
     return float(recipe.calibration.samples * recipe.calibration.seq_len)
+
+
+def end_to_end_steps(recipe: Recipe) -> int:
+    """Steps that a fit goes back through the network; spinfold takes none by itself where weights are the coarsest."""
+    if not METHODS[recipe.method].needs_backprop:
+        return 0
+    bits = Bits.parse(recipe.bits)
+    by_itself = 0 if recipe.method == "spinfold" and bits.weights < bits.activations else 100
+    return by_itself if recipe.fit.steps is None else recipe.fit.steps
+
+
+def learns_down(recipe: Recipe) -> bool:
+    """Does a fit learn the online map, which is then computed, and its numbers kept, at every step?"""
+    sites = METHODS[recipe.method].sites if recipe.sites is None else recipe.sites
+    return recipe.method == "spinfold" and end_to_end_steps(recipe) > 0 and "down" in sites
 
 
 @dataclass(frozen=True)
@@ -71,22 +86,37 @@ class Seconds:
         return self.passes(40.0 * n.parameters) + products + 2 * self.forward(256) + self.one_by_one(1)
 
     def fit(self) -> float:
-        """End to end forward, backward and quantizers; layer by layer, products with the rotation."""
-        n, fit, calibration, method = self.sizes, self.recipe.fit, self.recipe.calibration, METHODS[self.recipe.method]
-        if method.needs_backprop:
-            steps = 100 if fit.steps is None else fit.steps
-            tokens = float((fit.batch or 8) * (fit.seq_len or calibration.seq_len))
-            network = self.forward(tokens) * (7 + 2 * fit.checkpointing) + 1.5 * self.head(tokens, 2)
-            network /= 2 if self.on_gpu else 1  # there it computes in 16 bits
-            return steps * (network + 60.0 * n.width**3 / self.machine.products_fp32)
-        if method.name in ("none", "quarot"):
-            return 0.0
-        steps = 300 if fit.steps is None else fit.steps
-        if method.needs_data:
-            captured, rows = self.forward(float(calibration.samples * calibration.seq_len)), fit.batch or 4096
-            products = 6.0 * rows * n.width**2 / self.machine.products_fp32
-            return captured + self.one_by_one(1) + steps * (products + self.passes(65 * rows * n.width))
-        return steps * (6.0 * 3 * n.linears / n.layers * n.width / self.machine.products_fp32)
+        """Layer by layer, end to end, or, by spinfold, one after the other."""
+        method = METHODS[self.recipe.method]
+        end_to_end = end_to_end_steps(self.recipe) * self._step() if method.needs_backprop else 0.0
+        if method.name in ("none", "quarot") or (method.needs_backprop and method.name != "spinfold"):
+            return end_to_end
+        return end_to_end + self._layer_by_layer()
+
+    def _step(self) -> float:
+        """Forward, backward and quantizers; spinfold's loss has the original's logits too."""
+        n, fit = self.sizes, self.recipe.fit
+        tokens = float((fit.batch or 8) * (fit.seq_len or self.recipe.calibration.seq_len))
+        heads = 3 if self.recipe.method == "spinfold" else 2
+        network = self.forward(tokens) * (7 + 2 * fit.checkpointing) + 1.5 * self.head(tokens, 2) * heads / 2
+        network /= 2 if self.on_gpu else 1  # there it computes in 16 bits
+        network += self.passes(100.0 * tokens * n.layers * n.mlp_width) * learns_down(self.recipe)
+        return network + 60.0 * n.width**3 / self.machine.products_fp32
+
+    def _layer_by_layer(self) -> float:
+        """Products with the rotation, and the objective; spinfold turns more rows, in 16 bits, and heads as well."""
+        n, fit = self.sizes, self.recipe.fit
+        steps = 300 if fit.steps is None or self.recipe.method == "spinfold" else fit.steps
+        if not METHODS[self.recipe.method].needs_data:
+            return steps * (6.0 * 3 * n.linears / n.layers * n.width / self.machine.products_fp32)
+        captured, rows, rate = self.forward(calibration_tokens(self.recipe)), 4096, self.machine.products_fp32
+        heads = 0.0
+        if self.recipe.method == "spinfold":
+            rows, rate = 16384, self.machine.products
+            heads = 2 * 100 * self.passes(65.0 * 2048 * n.layers * 64)
+        objective = self.passes(65.0 * (fit.batch or rows) * n.width)
+        products = 6.0 * (fit.batch or rows) * n.width**2 / rate
+        return captured + self.one_by_one(1) + steps * (products + objective) + heads
 
     def rounding(self) -> float:
         """The search of ranges; with a Hessian also its products, its factor, and the columns one after the other; for
@@ -97,10 +127,11 @@ class Seconds:
         if method == "rtn" and self.recipe.rounding.absorb is None:
             share = min(1.0, MEASURED_WINDOWS / self.recipe.calibration.samples)
             return self._search() + share * (self.forward(tokens, share=2.2) + self._hessians()) + self.one_by_one(1)
-        again = 2 if method == "gptaq" else 1  # statistics, factors and nearest weights of two kinds
-        seconds = self.forward(tokens, share=2.2 * again + (again - 1)) + again * (self._hessians() + self._search())
+        again = 2 if method == "gptaq" else 1  # statistics, factors and columns of two kinds, and what W* takes
+        statistics = (2 * again - 1) * (self._hessians() + self._search())
+        seconds = self.forward(tokens, share=2.2 * again + (again - 1)) + statistics
         if method != "rtn":
-            columns = self._columns() * (1 + self._passes_over_columns())
+            columns = self._columns() * (again + self._passes_over_columns())
             seconds += again * self._factors() + columns + self.one_by_one(2)
         if self.recipe.rounding.absorb is not None:
             seconds += self._absorb()

@@ -7,6 +7,7 @@ from typing import Any
 
 from spinfold.errors import Verdict
 from spinfold.evaluation.perplexity import TOKENS_PER_CHUNK
+from spinfold.folding import WORDS_AT_ONCE
 from spinfold.forecast.machine import Machine
 from spinfold.forecast.memory import Bytes
 from spinfold.forecast.seconds import Seconds
@@ -24,8 +25,6 @@ CUDA_BYTES = 1.2e9
 """On the host, for the GPU's libraries."""
 KEPT_GRAPH, KEPT_LOSS = 0.83, 0.38
 """The shares of a fit's memory that the C library does not give back on a CPU."""
-KEPT_ROUNDING, MOST_KEPT = 16, 1.8e9
-"""Bytes of each weight that stay there of GPTQ's columns, and the most that we take them to; GPTAQ leaves none."""
 HELD_SHARE = 0.6
 """Of what is free: two networks may take so much, or layers stay in files."""
 
@@ -125,22 +124,20 @@ class _Run:
         if self.in_files:
             ends, layer = 8.0 * n.words * n.width, 4.0 * n.linears / n.layers
             network, rotated = ends + layer, 2 * ends + layer + 4.0 * (n.words + 2 * held) * n.width
+        on_cpu = self.machine.device == "cpu"
         fit = seconds.fit() + seconds.fold() + 2 * seconds.outliers(seen)
         stages = [
-            self._stage("load model", 10 + network / 1e9, network, 0.1e9),
-            self._stage("read text", 6e-6 * self.text_tokens, network, 0),
+            self._stage("load model", 1.6 + 4 * (not on_cpu) + network / 1e9, network, 0.1e9),
+            self._stage("read text", 4.5e-6 * self.text_tokens, network, 0),
             self._stage("evaluate original", seconds.forward(held) + seconds.head(held, 1), network, 2 * chunk),
-            self._stage("fit and fold", fit, rotated, max(20.0 * n.words * n.width, more.fit())),
+            self._stage("fit and fold", fit, rotated, max(48.0 * WORDS_AT_ONCE * n.width, more.fit())),
         ]
-        on_cpu = self.machine.device == "cpu"
         rotated += (KEPT_GRAPH * more.graph() + KEPT_LOSS * more.loss()) * on_cpu
         if self.recipe.weight_format is not None:
             rotated += 0 if self.in_files else n.linears
             if self.recipe.budget is not None:
                 stages.append(self._stage("measure sensitivity", seconds.sensitivity(), rotated, more.rounding()))
             name = f"round weights ({self.recipe.rounding.method})"
-            kept = on_cpu and self.recipe.rounding.method in ("gptq", "ldlq")
-            rotated += min(KEPT_ROUNDING * n.linears, MOST_KEPT) * kept
             stages.append(self._stage(name, seconds.rounding(), rotated, more.rounding()))
         quantized = 1.4 * seconds.forward(held) + seconds.head(held, 2)
         return [

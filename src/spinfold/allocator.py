@@ -1,0 +1,27 @@
+"""What the C library does with memory that was freed; where it is not glibc, nothing changes."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import suppress
+
+__all__ = ["keep_freed_memory", "return_freed_memory"]
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed for the next tensor, up to a GiB, instead of returning it to the system.
+
+    Otherwise each large tensor comes from the system page by page, which takes as long as an operation on it. For the
+    whole process, from now on.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    with suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, 1 << 30)
+
+
+def return_freed_memory() -> None:
+    """Have the C library give back to the system what it keeps, so that the next stage's peak is its own."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
