@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from spinfold.forecast.machine import Machine
 from spinfold.forecast.sizes import Sizes
 from spinfold.methods import METHODS
-from spinfold.recipe import Bits, Recipe
+from spinfold.methods.spinfold import GLOBAL, HEAD_ROWS, LOCAL, ROWS, weights_are_coarsest
+from spinfold.recipe import Recipe
 from spinfold.rounding import MEASURED_WINDOWS, choices_of
 
 __all__ = ["Seconds", "calibration_tokens", "end_to_end_steps", "learns_down"]
@@ -31,8 +32,7 @@ def end_to_end_steps(recipe: Recipe) -> int:
     """Steps that a fit goes back through the network; spinfold takes none by itself where weights are the coarsest."""
     if not METHODS[recipe.method].needs_backprop:
         return 0
-    bits = Bits.parse(recipe.bits)
-    by_itself = 0 if recipe.method == "spinfold" and bits.weights < bits.activations else 100
+    by_itself = 0 if recipe.method == "spinfold" and weights_are_coarsest(recipe) else 100
     return by_itself if recipe.fit.steps is None else recipe.fit.steps
 
 
@@ -106,17 +106,15 @@ class Seconds:
     def _layer_by_layer(self) -> float:
         """Products with the rotation, and the objective; spinfold turns more rows, in 16 bits, and heads as well."""
         n, fit = self.sizes, self.recipe.fit
-        steps = 300 if fit.steps is None or self.recipe.method == "spinfold" else fit.steps
+        steps = 300 if fit.steps is None else fit.steps
         if not METHODS[self.recipe.method].needs_data:
             return steps * (6.0 * 3 * n.linears / n.layers * n.width / self.machine.products_fp32)
-        captured, rows, rate = self.forward(calibration_tokens(self.recipe)), 4096, self.machine.products_fp32
-        heads = 0.0
-        if self.recipe.method == "spinfold":
-            rows, rate = 16384, self.machine.products
-            heads = 2 * 100 * self.passes(65.0 * 2048 * n.layers * 64)
-        objective = self.passes(65.0 * (fit.batch or rows) * n.width)
-        products = 6.0 * (fit.batch or rows) * n.width**2 / rate
-        return captured + self.one_by_one(1) + steps * (products + objective) + heads
+        rows, rate, heads = fit.batch or 4096, self.machine.products_fp32, 0.0
+        if self.recipe.method == "spinfold":  # its `fit` is of the end-to-end part
+            steps, rows, rate = GLOBAL.steps, ROWS, self.machine.products
+            heads = 2 * LOCAL.steps * self.passes(65.0 * HEAD_ROWS * n.layers * n.head_dim)
+        step = 6.0 * rows * n.width**2 / rate + self.passes(65.0 * rows * n.width)
+        return self.forward(calibration_tokens(self.recipe)) + self.one_by_one(1) + steps * step + heads
 
     def rounding(self) -> float:
         """The search of ranges; with a Hessian also its products, its factor, and the columns one after the other; for

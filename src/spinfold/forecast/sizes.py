@@ -24,6 +24,7 @@ class Sizes:
     active: int
     widest: int
     score_width: int
+    head_dim: int
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Sizes:
@@ -49,4 +50,5 @@ class Sizes:
             active=linears - round(experts * (1 - share)),
             widest=max(mlp_width, heads, config.hidden_size),
             score_width=heads,
+            head_dim=head_dim,
         )

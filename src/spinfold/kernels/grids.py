@@ -507,7 +507,7 @@ def _empty_codes(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     codes = x.new_empty((*lead, size // 2 if grid.bits == 4 else size), dtype=code_type)
     if isinstance(grid, FloatGrid):
         scale = x.new_empty(groups, dtype=torch.float32 if grid.rule == "real" else torch.uint8)
-        return (codes, scale, x.new_empty((*lead, 1), dtype=torch.float32) if grid.by_row else x)
+        return codes, scale, x.new_empty((*lead, 1), dtype=torch.float32) if grid.by_row else x
     return (
         codes,
         x.new_empty(groups, dtype=torch.float32),

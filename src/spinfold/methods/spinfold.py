@@ -44,12 +44,20 @@ from spinfold.methods.respinquant import joined
 from spinfold.methods.spinquant import fit_on_loss, learnable, settled
 from spinfold.recipe import Bits, Fit, Recipe
 
-__all__ = ["SPINFOLD"]
+__all__ = ["GLOBAL", "HEAD_ROWS", "LOCAL", "ROWS", "SPINFOLD", "weights_are_coarsest"]
 
-_WINDOWS, _TOKENS, _ROWS = 16, 4096, 16384
-_GLOBAL = LayerwiseSettings(steps=300, learning_rate=0.02, compute="auto")
-_LOCAL = LayerwiseSettings(steps=100, learning_rate=0.02, compute="auto")
+_WINDOWS, _TOKENS = 16, 4096
+ROWS, HEAD_ROWS = 16384, 2048
+"""Of a step: of the residual basis, and of each head's or boundary's."""
+GLOBAL = LayerwiseSettings(steps=300, learning_rate=0.02, compute="auto")
+LOCAL = LayerwiseSettings(steps=100, learning_rate=0.02, compute="auto")
 _NORMS = ("qkv_input", "mlp_input")
+
+
+def weights_are_coarsest(recipe: Recipe) -> bool:
+    """Are they coarser than activations? Then the fit is to them, and takes no end-to-end steps by itself."""
+    bits = Bits.parse(recipe.bits)
+    return bits.weights < bits.activations
 
 
 def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
@@ -58,7 +66,7 @@ def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
     if min(bits) == 16:
         return hadamard_maps(task, random_value=True), FitLog()
     maps, log = hadamard_maps(task, random_value=True), FitLog()
-    by_weights = bits.weights < bits.activations
+    by_weights = weights_are_coarsest(recipe)
     if by_weights:
         maps, log = _fit_to_weights(task)
     if not by_weights or bits.kv <= bits.weights:
@@ -110,7 +118,7 @@ def _fit_to_wires(task: FitTask, start: SiteMaps, log: FitLog, *, residual: bool
     if residual and isinstance(start.residual, Map) and quantizer is not None:
         x_SD = pooled(captured, *_NORMS)
         first = _least(_starts(start.residual, quantizer, x_SD.device), x_SD, quantizer)
-        R_DD, losses = _rotate(task, first, x_SD, quantizer, _GLOBAL, "fit residual basis")
+        R_DD, losses = _rotate(task, first, x_SD, quantizer, GLOBAL, "fit residual basis")
         if quantizer.group_size:  # blocks leave little to learn, which mini-batches may miss
             R_DD = _least([project(first.double()), R_DD], x_SD, quantizer)
         log, maps = FitLog(losses), replace(maps, residual=Orthogonal(R_DD))
@@ -118,7 +126,7 @@ def _fit_to_wires(task: FitTask, start: SiteMaps, log: FitLog, *, residual: bool
             x_BSD = x_SD.unflatten(0, (2 * len(network.layers), -1))
             first_BDD = R_DD.float().expand(len(x_BSD), -1, -1)
             R_BDD, losses = _rotate(
-                task, first_BDD, x_BSD, quantizer, _LOCAL, "fit bases per boundary", rows_per_step=2048
+                task, first_BDD, x_BSD, quantizer, LOCAL, "fit bases per boundary", rows_per_step=HEAD_ROWS
             )
             bases = tuple(Orthogonal(R_DD) for R_DD in R_BDD)
             log, maps = FitLog(losses), replace(maps, residual=(*bases, bases[-1]))
@@ -142,7 +150,7 @@ def _least(bases: Sequence[torch.Tensor], x_SD: torch.Tensor, quantizer: Format)
     """The basis with the least rounding error, on rows of all layers."""
     if len(bases) == 1:
         return bases[0]
-    some_SD = x_SD[:: max(1, len(x_SD) // _ROWS)].float()
+    some_SD = x_SD[:: max(1, len(x_SD) // ROWS)].float()
     return min(bases, key=lambda R_DD: float(rounding_error(some_SD @ R_DD.float(), quantizer).mean()))
 
 
@@ -160,7 +168,7 @@ def _rotate_heads(
 ) -> tuple[Map, ...]:
     x_LSH = stacked(captured, wire)
     first_LHH = torch.stack([dense(one, x_LSH.device) for one in before])
-    R_LHH, _ = _rotate(task, first_LHH, x_LSH, quantizer, _LOCAL, f"fit {wire} bases", rows_per_step=2048)
+    R_LHH, _ = _rotate(task, first_LHH, x_LSH, quantizer, LOCAL, f"fit {wire} bases", rows_per_step=HEAD_ROWS)
     return tuple(Orthogonal(R_HH) for R_HH in R_LHH)
 
 
@@ -172,7 +180,7 @@ def _rotate(
     settings: LayerwiseSettings,
     label: str,
     *,
-    rows_per_step: int = _ROWS,
+    rows_per_step: int = ROWS,
 ) -> tuple[torch.Tensor, tuple[float, ...]]:
     objective, count = partial(rounding_error, format=quantizer), min(rows_per_step, rows.shape[-2])
     seed = task.recipe.seed
