@@ -32,7 +32,7 @@ from spinfold.compute import pick_device, pick_precision
 from spinfold.distributed import held_by_first, is_first, joined, on_first, world
 from spinfold.errors import SpinfoldError
 from spinfold.evaluation import Quality, measure_quality
-from spinfold.evaluation.outliers import measure_outliers
+from spinfold.evaluation.outliers import OUTLIER_WINDOWS, measure_outliers
 from spinfold.fitting.clipping import CLIP_WINDOWS, search_clips
 from spinfold.fitting.text import Text, texts_of
 from spinfold.forecast import Forecast, Machine, forecast, measure_machine, unmeasured_machine
@@ -124,9 +124,10 @@ def quantize(
         rows = [row("original", subject.quality)]
         rows += [_baseline(subject, recipe.with_(method=name), progress) for name in baselines]
         start = time.perf_counter()
-        before = measure_outliers(subject.network, subject.held_out_NT[:4], compute=recipe.compute)
+        seen_NT = subject.held_out_NT[:OUTLIER_WINDOWS]
+        before = measure_outliers(subject.network, seen_NT, compute=recipe.compute)
         rotated = kept_rotation(folder, subject, recipe, progress)
-        after = measure_outliers(rotated.network, subject.held_out_NT[:4], at=before.places, compute=recipe.compute)
+        after = measure_outliers(rotated.network, seen_NT, at=before.places, compute=recipe.compute)
         clips = clips_of(subject, rotated, recipe, progress)
         asked, recipe = recipe, kept_allocation(folder, subject, rotated.network, recipe, progress)
         rounded = kept_rounding(folder, subject, rotated.network, recipe, progress)

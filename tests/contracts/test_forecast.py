@@ -202,13 +202,13 @@ def test_the_machine_is_measured_in_about_a_second() -> None:
     assert machine.free_device_bytes is None
 
 
-def test_one_quiet_moment_is_enough_to_measure_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = cycle([1e9, 1e9, 1e9, 1e9, 2e10, 1e9, 1e9])
-    monkeypatch.setattr(forecast_machine, "_rate", lambda *_: next(rates))
-    before = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+def test_what_disturbs_half_of_the_bursts_does_not_change_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = cycle([[1.0, 1.0, 50.0], [1.0, 1e-3, 9.0]])
+    monkeypatch.setattr(forecast_machine, "_burst", lambda *_: next(seconds))
+    before = torch.backends.cuda.matmul.allow_tf32
     machine = measure_machine(torch.device("cpu"), "tf32")
-    assert max(machine.products, machine.products_fp32, machine.passes) == 2e10
-    assert (torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32) == before
+    assert (machine.passes, machine.products, machine.products_fp32) == (1 << 22, 2 * 2048**3, 2 * 1024**3)
+    assert torch.backends.cuda.matmul.allow_tf32 == before
 
 
 def test_a_gpu_waits_for_its_host_at_each_layer(checkpoint: Checkpoint) -> None:

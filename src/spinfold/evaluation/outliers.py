@@ -14,6 +14,7 @@ Shapes: B batch, T tokens, R rows, C channels, L layers, W wires.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -31,22 +32,23 @@ from torch.nn import functional as F
 from spinfold.errors import SpinfoldError
 from spinfold.networks import Network, hidden_in_batches
 
-__all__ = ["MEASURED_WIRES", "Outliers", "Surface", "kurtosis", "max_pool", "measure_outliers", "peak_to_rms"]
+__all__ = ["MEASURED_WIRES", "OUTLIER_WINDOWS", "Outliers", "Surface", "kurtosis", "max_pool", "measure_outliers", "peak_to_rms"]
 
 MEASURED_WIRES = ("qkv_input", "key", "value", "attention_out", "mlp_input", "down")
 MAX_SURFACE = (128, 192)
+OUTLIER_WINDOWS = 2
+"""Windows on which a run measures them: a thousand tokens, each a row or more at every place."""
 SCHEMA_VERSION = 1
 
 
 def kurtosis(x_RC: Tensor) -> Tensor:
     """Non-central kurtosis of each row, `(R,)`, in [1, C]; a row of zeros is flat: 1."""
-    square_RC = _scaled(x_RC).square()
-    return square_RC.square().mean(-1) / square_RC.mean(-1).square()
+    return _statistics(x_RC)[0]
 
 
 def peak_to_rms(x_RC: Tensor) -> Tensor:
     """Largest magnitude over root mean square of each row, `(R,)`, in [1, √C]; a row of zeros is flat: 1."""
-    return _scaled(x_RC).square().mean(-1).rsqrt()
+    return _statistics(x_RC)[1]
 
 
 def max_pool(x_TC: Tensor, size: tuple[int, int] = MAX_SURFACE) -> tuple[Tensor, tuple[int, int]]:
@@ -55,11 +57,22 @@ def max_pool(x_TC: Tensor, size: tuple[int, int] = MAX_SURFACE) -> tuple[Tensor,
     return F.max_pool2d(x_TC.abs()[None], steps, ceil_mode=True)[0], steps
 
 
-def _scaled(x_RC: Tensor) -> Tensor:
-    """Each row over its largest magnitude: both statistics are scale free, and fourth powers can't overflow."""
+def _statistics(x_RC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Kurtosis, peak to RMS and largest magnitude of each row.
+
+    A row is taken over its largest magnitude: both ratios are scale free, and fourth powers can't overflow.
+    """
     x_RC = x_RC.to(torch.promote_types(x_RC.dtype, torch.float32))
-    peak_R1 = x_RC.abs().amax(-1, keepdim=True)
-    return torch.where(peak_R1 == 0, torch.ones_like(x_RC), x_RC / peak_R1)
+    peak_R = torch.linalg.vector_norm(x_RC, math.inf, dim=-1)
+    flat_R = peak_R == 0
+    square_RC = (x_RC / torch.where(flat_R, 1, peak_R)[..., None]).square_()
+    second_R = square_RC.mean(-1)
+    fourth_R = torch.linalg.vecdot(square_RC, square_RC) / x_RC.shape[-1]
+    return (
+        torch.where(flat_R, 1, fourth_R / second_R.square()),
+        torch.where(flat_R, 1, second_R.rsqrt()),
+        peak_R,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,17 +237,16 @@ class _Tally:
         self.peaks_TC, self.steps = torch.empty(0, 0), (1, 1)
 
     def add(self, x: Tensor) -> None:
-        x_RC = x.reshape(-1, x.shape[-1])
-        ratio_R = peak_to_rms(x_RC)
+        kurtosis_R, ratio_R, peak_R = _statistics(x.reshape(-1, x.shape[-1]))
         if not self.rows:
             x_TC = x[0].transpose(0, 1).flatten(1) if x.ndim == 4 else x[0]  # heads side by side
             peaks_TC, self.steps = max_pool(x_TC.float())
             self.peaks_TC = peaks_TC.cpu()
-        self.rows += len(x_RC)
-        self.kurtosis += kurtosis(x_RC).double().sum().item()
+        self.rows += len(peak_R)
+        self.kurtosis += kurtosis_R.double().sum().item()
         self.peak_to_rms += ratio_R.double().sum().item()
         self.worst = max(self.worst, ratio_R.max().item())
-        self.largest = max(self.largest, x_RC.abs().max().item())
+        self.largest = max(self.largest, peak_R.max().item())
 
     def summary(self) -> tuple[float, float, float, float]:
         """Mean kurtosis, mean and largest peak to RMS, largest magnitude."""

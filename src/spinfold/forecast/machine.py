@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -31,49 +32,49 @@ class Machine:
 
 
 _BURSTS, _BURST_SECONDS = 10, 0.05
+_Work = tuple[Callable[[], object], int]
+"""What to do, and how many operations or numbers that is."""
 
 
 def measure_machine(device: torch.device, compute: str = "auto") -> Machine:
     """Measure rates for about a second, and what memory is free.
 
-    Others may use the machine too. So the work is short enough to get through between their turns, it is repeated in
-    bursts that are spread over the second, on a CPU by all threads and by one that waits for no other, and the fastest
-    repetition counts.
+    A rate is that of the median repetition, in bursts that are spread over the second. The fastest would tell what the
+    machine can do, and the run will take what it does: two hardware threads that share a core's tiles, one of them
+    another's, multiply at full rate in one moment and at less than half in the next.
     """
-    mode = pick_precision(compute, device)
-    size = 384 if device.type == "cpu" else 3072
-    a_NN = torch.randn(size, size, device=device)
-    numbers = torch.randn(1 << 20 if device.type == "cpu" else 1 << 25, device=device)
+    mode, on_cpu = pick_precision(compute, device), device.type == "cpu"
+    numbers = torch.randn(1 << 22 if on_cpu else 1 << 25, device=device)
     other = torch.empty_like(numbers)
 
-    def product(dtype: torch.dtype, tf32: bool) -> Callable[[], float]:
-        b_NN = a_NN.to(dtype)
+    def product(dtype: torch.dtype, tf32: bool, size: int = 3072) -> _Work:
+        a_NN = torch.randn(size, size, device=device).to(dtype)
 
-        def rate() -> float:
+        def multiply() -> None:
             torch.backends.cuda.matmul.allow_tf32 = tf32
-            return _rate(lambda: b_NN @ b_NN, 2 * size**3, device)
+            a_NN @ a_NN
 
-        return rate
+        return multiply, 2 * size**3
 
-    works = {
-        "passes": lambda: _rate(lambda: torch.mul(numbers, 1.5, out=other), numbers.numel(), device),
-        "products_fp32": product(torch.float32, False),
+    works: dict[str, _Work] = {
+        "passes": (lambda: torch.mul(numbers, 1.5, out=other), numbers.numel()),
+        "products_fp32": product(torch.float32, False, 1024 if on_cpu else 3072),
     }
-    if device.type != "cpu":
+    if not on_cpu:
         works["products_fp64"] = product(torch.float64, False)
     if mode != "fp32":
-        works["products"] = product(torch.bfloat16 if mode == "bf16" else torch.float32, True)
-    before, threads = torch.backends.cuda.matmul.allow_tf32, torch.get_num_threads()
-    best = dict.fromkeys(works, 0.0)
+        works["products"] = product(torch.bfloat16 if mode == "bf16" else torch.float32, True, 2048 if on_cpu else 3072)
+    before = torch.backends.cuda.matmul.allow_tf32
+    taken: dict[str, list[float]] = {name: [] for name in works}
     try:
-        for number in range(_BURSTS):
-            torch.set_num_threads(1 if number % 2 else threads)
-            best = {name: max(best[name], rate()) for name, rate in works.items()}
+        for _ in range(_BURSTS):
+            for name, (work, _) in works.items():
+                taken[name] += _burst(work, device)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-        torch.set_num_threads(threads)
-    fp32, passes = best["products_fp32"], best["passes"]
-    fast, fp64 = best.get("products", fp32), best.get("products_fp64", fp32 / 2)
+    rates = {name: amount / median(taken[name]) for name, (_, amount) in works.items()}
+    fp32, passes = rates["products_fp32"], rates["passes"]
+    fast, fp64 = rates.get("products", fp32), rates.get("products_fp64", fp32 / 2)
     room = unmeasured_machine(device)
     return replace(room, products=fast, products_fp32=fp32, products_fp64=fp64, passes=passes)
 
@@ -84,8 +85,8 @@ def unmeasured_machine(device: torch.device) -> Machine:
     return Machine(device.type, inf, inf, inf, inf, _free_bytes() // local_world(), free)
 
 
-def _rate(work: Callable[[], object], amount: int, device: torch.device) -> float:
-    """How much of `amount` is done per second by the fastest repetition of a burst."""
+def _burst(work: Callable[[], object], device: torch.device) -> list[float]:
+    """The seconds of each repetition in a short time; the first one, which makes ready, does not count."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -95,10 +96,10 @@ def _rate(work: Callable[[], object], amount: int, device: torch.device) -> floa
         return time.perf_counter() - start
 
     once()
-    end, fastest = time.perf_counter() + _BURST_SECONDS, once()
+    end, taken = time.perf_counter() + _BURST_SECONDS, [once()]
     while time.perf_counter() < end:
-        fastest = min(fastest, once())
-    return amount / fastest
+        taken.append(once())
+    return taken
 
 
 def _free_bytes() -> int:

@@ -18,7 +18,7 @@ __all__ = ["Seconds", "calibration_tokens", "end_to_end_steps", "learns_down"]
 
 GPU_PASSES = 0.25
 """The share of a CPU's passes that a GPU makes: its kernels do several in one."""
-GPU_LAYER = 0.05
+GPU_LAYER = 0.04
 """Seconds that a layer takes on a GPU however small it is, each time that its linears are gone through one by one:
 launches, and factors of matrices that don't fill the device."""
 
@@ -64,7 +64,7 @@ class Seconds:
         """The decoder without its head, or a share of each layer."""
         n, window = self.sizes, self.recipe.calibration.seq_len
         products = tokens * (2 * n.active + 2 * n.layers * window * n.score_width)
-        passes = 49 * tokens * n.layers * (n.width + n.mlp_width)
+        passes = 43 * tokens * n.layers * (n.width + n.mlp_width)
         return share * (products / self.machine.products + self.passes(passes))
 
     def head(self, tokens: float, times: int) -> float:
@@ -72,18 +72,18 @@ class Seconds:
         n = self.sizes
         products = 2.0 * tokens * n.words * n.width * times
         rate = self.machine.products if self.on_gpu else self.machine.products_fp32
-        return products / rate + self.passes(tokens * n.words * (10 if times == 1 else 20))
+        return products / rate + self.passes(tokens * n.words * (9 if times == 1 else 18))
 
     def outliers(self, tokens: float) -> float:
         n = self.sizes
-        passes = 144 * tokens * n.layers * (n.width + n.mlp_width)
+        passes = 55 * tokens * n.layers * (n.width + n.mlp_width)
         return self.forward(tokens) + self.passes(passes) + self.one_by_one(0.5)
 
     def fold(self) -> float:
         """A copy, the products with the maps, and the proof."""
         n = self.sizes
         products = 2.0 * n.parameters * n.width / self.machine.products_fp64
-        return self.passes(40.0 * n.parameters) + products + 2 * self.forward(256) + self.one_by_one(1)
+        return self.passes(35.0 * n.parameters) + products + 2 * self.forward(256) + self.one_by_one(1)
 
     def fit(self) -> float:
         """Layer by layer, end to end, or, by spinfold, one after the other."""
@@ -99,8 +99,8 @@ class Seconds:
         tokens = float((fit.batch or 8) * (fit.seq_len or self.recipe.calibration.seq_len))
         heads = 3 if self.recipe.method == "spinfold" else 2
         network = self.forward(tokens) * (7 + 2 * fit.checkpointing) + 1.5 * self.head(tokens, 2) * heads / 2
-        network /= 2 if self.on_gpu else 1  # there it computes in 16 bits
-        network += self.passes(100.0 * tokens * n.layers * n.mlp_width) * learns_down(self.recipe)
+        network /= 2.2 if self.on_gpu else 1  # there it computes in 16 bits
+        network += self.passes(90.0 * tokens * n.layers * n.mlp_width) * learns_down(self.recipe)
         return network + 60.0 * n.width**3 / self.machine.products_fp32
 
     def _layer_by_layer(self) -> float:
@@ -112,8 +112,8 @@ class Seconds:
         rows, rate, heads = fit.batch or 4096, self.machine.products_fp32, 0.0
         if self.recipe.method == "spinfold":  # its `fit` is of the end-to-end part
             steps, rows, rate = GLOBAL.steps, ROWS, self.machine.products
-            heads = 2 * LOCAL.steps * self.passes(65.0 * HEAD_ROWS * n.layers * n.head_dim)
-        step = 6.0 * rows * n.width**2 / rate + self.passes(65.0 * rows * n.width)
+            heads = 2 * LOCAL.steps * self.passes(58.0 * HEAD_ROWS * n.layers * n.head_dim)
+        step = 6.0 * rows * n.width**2 / rate + self.passes(58.0 * rows * n.width)
         return self.forward(calibration_tokens(self.recipe)) + self.one_by_one(1) + steps * step + heads
 
     def rounding(self) -> float:
@@ -145,7 +145,7 @@ class Seconds:
     def _search(self) -> float:
         """The ranges of all weights; elements with an exponent take half as long again as integers."""
         slower = 1.0 if self.recipe.format == "int" else 1.5
-        return slower * self.passes(self.sizes.linears * (340.0 if self.recipe.clip_search else 25.0))
+        return slower * self.passes(self.sizes.linears * (300.0 if self.recipe.clip_search else 22.0))
 
     def _hessians(self) -> float:
         n = self.sizes
@@ -159,7 +159,7 @@ class Seconds:
     def _columns(self) -> float:
         """One after the other; and the errors' way to the columns behind a block, as long as in the widest."""
         n = self.sizes
-        return self.passes(150.0 * n.linears) + 4.0 * n.linears * n.mlp_width / self.machine.products_fp32
+        return self.passes(130.0 * n.linears) + 4.0 * n.linears * n.mlp_width / self.machine.products_fp32
 
     def _passes_over_columns(self) -> int:
         return self.recipe.rounding.passes if self.recipe.rounding.method == "ldlq" else 0
@@ -176,5 +176,5 @@ class Seconds:
         """Each step forwards, backwards, and over the weights; the error on all windows, twelve times."""
         settings, calibration = self.recipe.rounding, self.recipe.calibration
         tokens = float(min(settings.batch, calibration.samples) * calibration.seq_len)
-        steps = settings.steps * (3 * self.forward(tokens) + self.passes(75.0 * self.sizes.linears))
-        return steps + 12 * (self.forward(calibration_tokens(self.recipe)) + self.passes(25.0 * self.sizes.linears))
+        steps = settings.steps * (3 * self.forward(tokens) + self.passes(66.0 * self.sizes.linears))
+        return steps + 12 * (self.forward(calibration_tokens(self.recipe)) + self.passes(22.0 * self.sizes.linears))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from spinfold.errors import Verdict
+from spinfold.evaluation.outliers import OUTLIER_WINDOWS
 from spinfold.evaluation.perplexity import TOKENS_PER_CHUNK
 from spinfold.folding import WORDS_AT_ONCE
 from spinfold.forecast.machine import Machine
@@ -118,7 +119,7 @@ class _Run:
         n, window = self.sizes, self.recipe.calibration.seq_len
         seconds = Seconds(n, self.recipe, self.machine)
         more = Bytes(n, self.recipe, self.machine, self.in_files)
-        held, seen = max(self.held_out_tokens, window), min(4 * window, self.held_out_tokens)
+        held, seen = max(self.held_out_tokens, window), min(OUTLIER_WINDOWS * window, self.held_out_tokens)
         network, chunk = 4.0 * n.parameters, 4.0 * n.words * min(held, TOKENS_PER_CHUNK[self.machine.device])
         rotated = 2 * network + 4.0 * (n.words + held) * n.width
         if self.in_files:
@@ -127,7 +128,7 @@ class _Run:
         on_cpu = self.machine.device == "cpu"
         fit = seconds.fit() + seconds.fold() + 2 * seconds.outliers(seen)
         stages = [
-            self._stage("load model", 1.6 + 4 * (not on_cpu) + network / 1e9, network, 0.1e9),
+            self._stage("load model", 1.6 + 3.2 * (not on_cpu) + network / 1e9, network, 0.1e9),
             self._stage("read text", 4.5e-6 * self.text_tokens, network, 0),
             self._stage("evaluate original", seconds.forward(held) + seconds.head(held, 1), network, 2 * chunk),
             self._stage("fit and fold", fit, rotated, max(48.0 * WORDS_AT_ONCE * n.width, more.fit())),

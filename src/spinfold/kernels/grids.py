@@ -427,13 +427,13 @@ def _codes(z, per_step, second, grid: tl.constexpr):
 def put_on_grid(
     z, unscale, low, high, outer, clip, y_ptr, codes_ptr, scale_ptr, second_ptr, start, count, row, first,
     COLUMN: tl.constexpr, B: tl.constexpr, grid: tl.constexpr, PACKED: tl.constexpr,
-    HALVES: tl.constexpr = False,
+    STORES: tl.constexpr = 1,
 ):  # fmt: skip
     """Put the numbers of a tile, times `unscale` that each line has, on their grids and store them, or their codes.
 
     The tile is the `count` lines from `start` on of an array with B columns, from COLUMN on, and part of row `row`.
     `low` and `high` are the `extremes` of its groups, or those of the row, `outer` the scale of the row's scales. What
-    there is one of for a row is stored if `first`.
+    there is one of for a row is stored if `first`. Numbers or codes are stored in `STORES` parts of the columns.
     """
     TILE_A: tl.constexpr = z.shape[0]
     TILE_B: tl.constexpr = z.shape[1]
@@ -453,7 +453,7 @@ def put_on_grid(
         code = _codes(z_AGW, per_step, of_second, grid)
         bytes: tl.constexpr = 2 if grid.bits == 4 else 1
         code = tl.reshape(code, (TILE_A, TILE_B // bytes))
-        _store(codes_ptr, code, start, count, COLUMN // bytes, B // bytes)
+        store(codes_ptr, code, start, count, COLUMN // bytes, B // bytes, STORES)
         if grid.width:
             _store(scale_ptr, stored, start, count, COLUMN // W, B // W)
             if zeros:
@@ -466,21 +466,21 @@ def put_on_grid(
             tl.store(second_ptr + row, outer)
     else:
         q_AGW = _numbers(z_AGW, per_step, of_step, of_second, grid)
-        store(y_ptr, tl.reshape(q_AGW, (TILE_A, TILE_B)), start, count, COLUMN, B, HALVES)
+        store(y_ptr, tl.reshape(q_AGW, (TILE_A, TILE_B)), start, count, COLUMN, B, STORES)
 
 
 @triton.jit
-def store(ptr, x, start, count, COLUMN: tl.constexpr, B: tl.constexpr, HALVES: tl.constexpr):
-    """A tile as `count` lines from `start` on of an array with B columns, from COLUMN on; in `HALVES` if a store of all
-    columns at once would deal them out to other threads.
+def store(ptr, x, start, count, COLUMN: tl.constexpr, B: tl.constexpr, STORES: tl.constexpr):
+    """A tile as `count` lines from `start` on of an array with B columns, from COLUMN on; a power of two of `STORES`, if
+    a store of all columns at once would deal them out to other threads.
     """
-    if HALVES:
+    if STORES == 1:
+        _store(ptr, x, start, count, COLUMN, B)
+    else:
         HALF: tl.constexpr = x.shape[1] // 2
         left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, HALF)), (0, 2, 1)))
-        _store(ptr, left, start, count, COLUMN, B)
-        _store(ptr, right, start, count, COLUMN + HALF, B)
-    else:
-        _store(ptr, x, start, count, COLUMN, B)
+        store(ptr, left, start, count, COLUMN, B, STORES // 2)
+        store(ptr, right, start, count, COLUMN + HALF, B, STORES // 2)
 
 
 @triton.jit

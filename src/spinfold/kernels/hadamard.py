@@ -40,6 +40,7 @@ from spinfold.kernels.grids import (
     room_for,
     store,
 )
+from spinfold.kernels.threads import in_order, interleaved, neighbours, stores, swapped, swapped_rows
 
 __all__ = ["MEASURED", "MEASURED_FEW", "MEASURED_WHOLE", "Tiling", "best_tiling", "hadamard", "tilings"]
 
@@ -132,49 +133,6 @@ def _rows_of_result(lefts, xs, right, up, factor, COUNT: tl.constexpr, PARTS: tl
 
 
 @triton.constexpr_function
-def _run(columns, packed):
-    """Columns that a thread is to hold of every line: 16 bytes of numbers; codes of 16, which may share a scale."""
-    return min(16 if packed else 8, columns // 4)
-
-
-@triton.constexpr_function
-def _halves(columns, dtype):
-    """Do two stores fit four threads with 16 bytes each?"""
-    return columns * dtype.element_ty.primitive_bitwidth == 2 * 4 * 128
-
-
-@triton.constexpr_function
-def _interleaved(rows, warps, grid, packed):
-    """Warps whose rows alternate in the tile's order, eight at a time: as stores of 16 bytes deal out rows that four
-    threads fill; rows of 4-bit codes are filled by two, and stay within a warp.
-    """
-    return warps if rows % (16 * warps) == 0 and not (packed and grid.bits == 4) else 1
-
-
-@triton.jit
-def _swapped(x, FIRST: tl.constexpr, SECOND: tl.constexpr, REST: tl.constexpr):
-    """Columns, whose numbers are (…, i, j, k), in the order (…, j, i, k), for i < FIRST, j < SECOND, k < REST."""
-    y = tl.reshape(x, (x.shape[0], x.shape[1] // (FIRST * SECOND * REST), FIRST, SECOND, REST))
-    return tl.reshape(tl.permute(y, (0, 1, 3, 2, 4)), x.shape)
-
-
-@triton.jit
-def _swapped_rows(x, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """The same for rows, in eights."""
-    y = tl.reshape(x, (x.shape[0] // (FIRST * SECOND * 8), FIRST, SECOND, 8, x.shape[1]))
-    return tl.reshape(tl.permute(y, (0, 2, 1, 3, 4)), x.shape)
-
-
-@triton.jit
-def _in_order(z_RC, RUN: tl.constexpr, WARPS: tl.constexpr):
-    """A product whose factors have their rows and columns swapped, in order again. No number moves: of a line, the
-    tensor cores leave columns 8 k + 2 t and the next one with thread t of four, which in order has RUN neighbours;
-    and rows 16 w to 16 w + 15 with warp w, which in order has eight neighbours, and eight more 8 WARPS further on.
-    """
-    return _swapped_rows(_swapped(z_RC, RUN // 2, 4, 2), WARPS, 2)
-
-
-@triton.constexpr_function
 def _before(sizes, index):
     return sum(list(sizes)[:index])
 
@@ -183,7 +141,7 @@ def _before(sizes, index):
 def _row_on_grid(
     zs, unscales, clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row,
     A: tl.constexpr, B: tl.constexpr, RS: tl.constexpr, PARTS: tl.constexpr, grid: tl.constexpr, PACKED: tl.constexpr,
-    HALVES: tl.constexpr,
+    STORES: tl.constexpr,
 ):  # fmt: skip
     """Put all tiles of a row, as a matrix `(A, B)`, on its grid, or on grids whose scales have one in common."""
     ranges = ()
@@ -198,7 +156,7 @@ def _row_on_grid(
             low, high = ranges[i]
         put_on_grid(zs[i], unscales[i // PARTS], low, high, outer, clip, y_ptr, codes_ptr, scale_ptr, second_ptr,
                     row * A + _before(RS, i // PARTS), A - _before(RS, i // PARTS), row, i == 0,
-                    i % PARTS * zs[i].shape[1], B, grid, PACKED, HALVES)  # fmt: skip
+                    i % PARTS * zs[i].shape[1], B, grid, PACKED, STORES)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -214,15 +172,16 @@ def _hadamard(
     N: tl.constexpr = A * B
     begin = tl.program_id(1) * RS[0] if SHARED else 0
     left_ptr += begin * _before(DS, COUNT)
-    RUN: tl.constexpr = _run(C, PACKED)
-    HALVES: tl.constexpr = _halves(C, y_ptr.dtype)
-    right_CC = _swapped(_block(right_ptr, 0, 0, C, C, TILE_B), 4, RUN // 2, 2)
+    BITS: tl.constexpr = grid.bits if PACKED else y_ptr.dtype.element_ty.primitive_bitwidth
+    RUN: tl.constexpr = neighbours(C, 8 if PACKED else 16)
+    STORES: tl.constexpr = stores(C, RUN, BITS) if C <= 64 else 1
+    right_CC = swapped(_block(right_ptr, 0, 0, C, C, TILE_B), 4, RUN // 2, 2)
     lefts = ()
     for r in tl.static_range(len(RS)):
         blocks = ()
         for d in tl.static_range(COUNT):
             block = _block(left_ptr, _before(RS, r), _before(DS, d), RS[r], DS[d], _before(DS, COUNT))
-            blocks = blocks + (_swapped_rows(block, 2, _interleaved(RS[r], WARPS, grid, PACKED)),)
+            blocks = blocks + (swapped_rows(block, 2, interleaved(RS[r], WARPS, RUN, BITS)),)
         lefts = lefts + (blocks,)
     clip = tl.load(clip_ptr)
     for row in tl.range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0), num_stages=STAGES):
@@ -250,26 +209,24 @@ def _hadamard(
             ws, unscale_R = _rows_of_result(lefts[r], xs, right_CC, up, down, COUNT, PARTS, SPLIT)
             if grid is None or TILE_G:
                 for j in tl.static_range(PARTS):
-                    z_RC = _in_order(ws[j] * unscale_R[:, None], RUN, _interleaved(RS[r], WARPS, grid, PACKED))
+                    z_RC = in_order(ws[j] * unscale_R[:, None], RUN, interleaved(RS[r], WARPS, RUN, BITS))
                     if SIGNS == "after":
                         z_RC = z_RC * _load(signs_ptr, first, j * C, RS[r], C, A, B).to(tl.float32)
                     if TILE_G:
                         place = scratch_ptr + tl.program_id(0) * N
-                        store(place, z_RC, first, A - first, j * C, B, False)
+                        store(place, z_RC, first, A - first, j * C, B, 1)
                     else:
-                        store(y_ptr, z_RC, row * A + first, A - first, j * C, B, HALVES)
+                        store(y_ptr, z_RC, row * A + first, A - first, j * C, B, STORES)
             else:
-                unscale_R = tl.reshape(
-                    _swapped_rows(unscale_R[:, None], _interleaved(RS[r], WARPS, grid, PACKED), 2), (RS[r],)
-                )
+                unscale_R = tl.reshape(swapped_rows(unscale_R[:, None], interleaved(RS[r], WARPS, RUN, BITS), 2), (RS[r],))
                 for j in tl.static_range(PARTS):
-                    z_RC = _in_order(ws[j], RUN, _interleaved(RS[r], WARPS, grid, PACKED))
+                    z_RC = in_order(ws[j], RUN, interleaved(RS[r], WARPS, RUN, BITS))
                     if grid.width == 0 or grid.by_row:
                         zs = zs + (z_RC,)
                     else:
                         low, high = extremes(z_RC, unscale_R, grid)
                         put_on_grid(z_RC, unscale_R, low, high, 1.0, clip, y_ptr, codes_ptr, scale_ptr, second_ptr,
-                                    row * A + first, A - first, row, False, j * C, B, grid, PACKED, HALVES)  # fmt: skip
+                                    row * A + first, A - first, row, False, j * C, B, grid, PACKED, STORES)  # fmt: skip
                 unscales = unscales + (unscale_R,)
         if TILE_G:
             # Groups that cross rows of the matrix: the row comes back from the cache with a group in each line.
@@ -279,11 +236,11 @@ def _hadamard(
             tl.debug_barrier()
             one_G = tl.full((TILE_G,), 1.0, tl.float32)
             _row_on_grid((z_GW,), (one_G,), clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row, LINES, grid.width,
-                         (TILE_G,), 1, grid, PACKED, False)  # fmt: skip
+                         (TILE_G,), 1, grid, PACKED, 1)  # fmt: skip
         elif grid is not None:  # noqa: SIM102 (without a grid the next line does not compile)
             if grid.width == 0 or grid.by_row:
                 _row_on_grid(zs, unscales, clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row, A, B, RS, PARTS, grid,
-                             PACKED, HALVES)  # fmt: skip
+                             PACKED, STORES)  # fmt: skip
 
 
 def hadamard(

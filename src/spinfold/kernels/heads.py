@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spinfold.kernels.grids import Codes, Grid, extremes, near_largest, one, processors, put_on_grid, room_for
+from spinfold.kernels.grids import Codes, Grid, extremes, near_largest, one, processors, put_on_grid, room_for, store
+from spinfold.kernels.threads import in_order, interleaved, neighbours, stores, swapped, swapped_rows
 
 __all__ = ["LARGEST_HEAD", "rotate_heads"]
 
@@ -33,9 +34,16 @@ def _half(ptr, line_R1, FIRST: tl.constexpr, HALF: tl.constexpr, stride, mask_R1
 
 
 @triton.jit
-def _rows(m_ptr, FIRST: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr):
-    """Rows of a matrix with N columns."""
-    return tl.load(m_ptr + (FIRST + tl.arange(0, HALF)[:, None]) * N + tl.arange(0, N)[None, :])
+def _rows(m_ptr, FIRST: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr, RUN: tl.constexpr):
+    """Rows of a matrix with N columns, which are in the order of `in_order`."""
+    m = tl.load(m_ptr + (FIRST + tl.arange(0, HALF)[:, None]) * N + tl.arange(0, N)[None, :])
+    return swapped(m, 4, RUN // 2, 2)
+
+
+@triton.jit
+def _swapped_number(row, WARPS: tl.constexpr):
+    """The row of a tile that stands at place `row` in the order of `swapped_rows(…, 2, WARPS)`."""
+    return row // (16 * WARPS) * (16 * WARPS) + row // 8 % 2 * (8 * WARPS) + row // 16 % WARPS * 8 + row % 8
 
 
 @triton.jit
@@ -51,21 +59,27 @@ def _rotate_heads(
     x_ptr, cos_ptr, sin_ptr, m_ptr, clip_ptr, y_ptr, codes_ptr, scale_ptr, second_ptr,
     num_rows, num_heads, num_angles, cos_stride, factor,
     N: tl.constexpr, ROPE: tl.constexpr, SPLIT: tl.constexpr, grid: tl.constexpr, PACKED: tl.constexpr,
-    TILE_R: tl.constexpr, STAGES: tl.constexpr,
+    TILE_R: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = N // 2
-    top = _rows(m_ptr, 0, HALF, N)
-    bottom = _rows(m_ptr, HALF, HALF, N)
+    BITS: tl.constexpr = grid.bits if PACKED else y_ptr.dtype.element_ty.primitive_bitwidth
+    # A tile of fewer rows has its columns in several warps, and a thread no more than pairs of neighbours.
+    FULL: tl.constexpr = TILE_R % (16 * WARPS) == 0
+    RUN: tl.constexpr = neighbours(N, BITS) if FULL else 2
+    BY_TURNS: tl.constexpr = interleaved(TILE_R, WARPS, RUN, BITS)
+    STORES: tl.constexpr = stores(N, RUN, BITS)
+    top = _rows(m_ptr, 0, HALF, N, RUN)
+    bottom = _rows(m_ptr, HALF, HALF, N, RUN)
     low_top = top
     low_bottom = bottom
     if SPLIT:
-        low_top = _rows(m_ptr + N * N, 0, HALF, N)
-        low_bottom = _rows(m_ptr + N * N, HALF, HALF, N)
+        low_top = _rows(m_ptr + N * N, 0, HALF, N, RUN)
+        low_bottom = _rows(m_ptr + N * N, HALF, HALF, N, RUN)
     clip = tl.load(clip_ptr)
     first_tile = tl.program_id(0).to(tl.int64)
     for tile in tl.range(first_tile, tl.cdiv(num_rows, TILE_R), tl.num_programs(0), num_stages=STAGES):
         start = tile * TILE_R
-        row_R1 = start + tl.arange(0, TILE_R)[:, None]
+        row_R1 = start + _swapped_number(tl.arange(0, TILE_R), BY_TURNS)[:, None]
         mask_R1 = row_R1 < num_rows
         first = _half(x_ptr, row_R1, 0, HALF, N, mask_R1).to(tl.float32)
         second = _half(x_ptr, row_R1, HALF, HALF, N, mask_R1).to(tl.float32)
@@ -88,13 +102,14 @@ def _rotate_heads(
         y = tl.dot(second.to(tl.float16), bottom, y)
         unscale_R = down_R * factor
         if grid is None:
-            y = y * unscale_R[:, None]
-            column_1N = tl.arange(0, N)[None, :]
-            tl.store(y_ptr + row_R1 * N + column_1N, y.to(y_ptr.dtype.element_ty), mask=mask_R1)
+            y = in_order(y * unscale_R[:, None], RUN, BY_TURNS)
+            store(y_ptr, y, start, num_rows - start, 0, N, STORES)
         else:
+            y = in_order(y, RUN, BY_TURNS)
+            unscale_R = tl.reshape(swapped_rows(unscale_R[:, None], BY_TURNS, 2), (TILE_R,))
             low, high = extremes(y, unscale_R, grid)
             put_on_grid(y, unscale_R, low, high, 1.0, clip, y_ptr, codes_ptr, scale_ptr, second_ptr,
-                        start, num_rows - start, 0, False, 0, N, grid, PACKED)  # fmt: skip
+                        start, num_rows - start, 0, False, 0, N, grid, PACKED, STORES)  # fmt: skip
 
 
 def rotate_heads(
@@ -133,7 +148,7 @@ def rotate_heads(
         _rotate_heads[(count,)](
             x, x if cos is None else cos, x if sin is None else sin, matrix, one(x.device) if clip is None else clip,
             y, codes, scale, second, num_rows, x.shape[-2] if cos is not None else 1, num_angles, stride, factor,
-            size, cos is not None, x.dtype == torch.float32, grid, packed, tile, num_stages,
+            size, cos is not None, x.dtype == torch.float32, grid, packed, tile, num_stages, num_warps,
             num_warps=num_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return Codes(codes, scale, None if second is x else second) if packed else y
