@@ -27,12 +27,14 @@ RUNS = {
     "spinquant, gptq": ["--method", "spinquant", "--rounding", "gptq"],
     "spinfold, gptq": ["--method", "spinfold", "--rounding", "gptq"],
     "quarot, gptaq": ["--method", "quarot", "--rounding", "gptaq"],
+    "quarot, ldlq": ["--method", "quarot", "--rounding", "ldlq"],
+    "quarot, autoround": ["--method", "quarot", "--rounding", "autoround"],
     "spinfold layer by layer, gptq": ["--method", "spinfold", "--rounding", "gptq", "--steps", "0"],
 }
 FULL = ["--samples", "64", "--seq-len", "2048"]
 SMALL = ["--samples", "8", "--seq-len", "256"]
-FEW_STEPS = {"steps": 4, "batch": 4, "seq_len": 256}
-END_TO_END = ("spinquant, gptq", "spinfold, gptq")
+FEW_STEPS = {"fit": {"steps": 4, "batch": 4, "seq_len": 256}, "rounding": {"steps": 10}}
+LONG = ("spinquant, gptq", "spinfold, gptq", "quarot, autoround")
 
 
 def main() -> None:
@@ -64,8 +66,8 @@ def predicted_and_measured(options: argparse.Namespace, name: str, seconds: floa
     """Both: `seconds`, `memory`, `gpu` (None on a CPU), and `stages`, each name with its seconds and GPU bytes."""
     output = options.out / name.replace(", ", "-")
     sizes = SMALL if options.small else FULL
-    if options.small and name in END_TO_END:
-        (recipe := options.out / "few-steps.yaml").write_text(json.dumps({"schema_version": 1, "fit": FEW_STEPS}))
+    if options.small and name in LONG:
+        (recipe := options.out / "few-steps.yaml").write_text(json.dumps({"schema_version": 1} | FEW_STEPS))
         sizes = [*sizes, "--recipe", str(recipe)]
     command = [sys.executable, "-m", "spinfold", "quantize", options.model, "-o", str(output), *RUNS[name], *sizes]
     command += ["--bits", "W4A4KV4", "--calibration", options.calibration, "--device", options.device, "--json"]

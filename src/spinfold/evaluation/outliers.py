@@ -32,7 +32,16 @@ from torch.nn import functional as F
 from spinfold.errors import SpinfoldError
 from spinfold.networks import Network, hidden_in_batches
 
-__all__ = ["MEASURED_WIRES", "OUTLIER_WINDOWS", "Outliers", "Surface", "kurtosis", "max_pool", "measure_outliers", "peak_to_rms"]
+__all__ = [
+    "MEASURED_WIRES",
+    "OUTLIER_WINDOWS",
+    "Outliers",
+    "Surface",
+    "kurtosis",
+    "max_pool",
+    "measure_outliers",
+    "peak_to_rms",
+]
 
 MEASURED_WIRES = ("qkv_input", "key", "value", "attention_out", "mlp_input", "down")
 MAX_SURFACE = (128, 192)

@@ -18,7 +18,7 @@ __all__ = ["Seconds", "calibration_tokens", "end_to_end_steps", "learns_down"]
 
 GPU_PASSES = 0.25
 """The share of a CPU's passes that a GPU makes: its kernels do several in one."""
-GPU_LAYER = 0.04
+GPU_LAYER = 0.035
 """Seconds that a layer takes on a GPU however small it is, each time that its linears are gone through one by one:
 launches, and factors of matrices that don't fill the device."""
 
@@ -77,7 +77,7 @@ class Seconds:
     def outliers(self, tokens: float) -> float:
         n = self.sizes
         passes = 55 * tokens * n.layers * (n.width + n.mlp_width)
-        return self.forward(tokens) + self.passes(passes) + self.one_by_one(0.5)
+        return self.forward(tokens) + self.passes(passes) + self.one_by_one(0.25)
 
     def fold(self) -> float:
         """A copy, the products with the maps, and the proof."""
@@ -130,7 +130,7 @@ class Seconds:
         seconds = self.forward(tokens, share=2.2 * again + (again - 1)) + statistics
         if method != "rtn":
             columns = self._columns() * (again + self._passes_over_columns())
-            seconds += again * self._factors() + columns + self.one_by_one(2)
+            seconds += again * self._factors() + columns + self.one_by_one(1 + again)
         if self.recipe.rounding.absorb is not None:
             seconds += self._absorb()
         return seconds
@@ -176,5 +176,7 @@ class Seconds:
         """Each step forwards, backwards, and over the weights; the error on all windows, twelve times."""
         settings, calibration = self.recipe.rounding, self.recipe.calibration
         tokens = float(min(settings.batch, calibration.samples) * calibration.seq_len)
-        steps = settings.steps * (3 * self.forward(tokens) + self.passes(66.0 * self.sizes.linears))
+        steps = settings.steps * (
+            3 * self.forward(tokens) + self.passes(66.0 * self.sizes.linears) + self.one_by_one(0.45)
+        )
         return steps + 12 * (self.forward(calibration_tokens(self.recipe)) + self.passes(22.0 * self.sizes.linears))

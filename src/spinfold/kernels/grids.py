@@ -471,8 +471,8 @@ def put_on_grid(
 
 @triton.jit
 def store(ptr, x, start, count, COLUMN: tl.constexpr, B: tl.constexpr, STORES: tl.constexpr):
-    """A tile as `count` lines from `start` on of an array with B columns, from COLUMN on; a power of two of `STORES`, if
-    a store of all columns at once would deal them out to other threads.
+    """A tile as `count` lines from `start` on of an array with B columns, from COLUMN on; in several `STORES`, a
+    power of two, if one would deal the columns out to other threads.
     """
     if STORES == 1:
         _store(ptr, x, start, count, COLUMN, B)

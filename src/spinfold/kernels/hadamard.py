@@ -218,7 +218,9 @@ def _hadamard(
                     else:
                         store(y_ptr, z_RC, row * A + first, A - first, j * C, B, STORES)
             else:
-                unscale_R = tl.reshape(swapped_rows(unscale_R[:, None], interleaved(RS[r], WARPS, RUN, BITS), 2), (RS[r],))
+                unscale_R = tl.reshape(
+                    swapped_rows(unscale_R[:, None], interleaved(RS[r], WARPS, RUN, BITS), 2), (RS[r],)
+                )
                 for j in tl.static_range(PARTS):
                     z_RC = in_order(ws[j], RUN, interleaved(RS[r], WARPS, RUN, BITS))
                     if grid.width == 0 or grid.by_row:

@@ -142,7 +142,7 @@ def rotate_heads(
         assert cos.shape[0] == 1 or cos.stride(0) == cos.stride(1) * cos.shape[1]
         num_angles, stride = cos.shape[0] * cos.shape[1], cos.stride(1)
     factor /= _LIFT
-    tile, num_warps, num_stages, programs = cut or best_cut(num_rows, size)
+    tile, num_warps, num_stages, programs = cut or best_cut(num_rows, size, on_grid=grid is not None)
     if num_rows:
         count = min(triton.cdiv(num_rows, tile), programs * processors(x.device))
         _rotate_heads[(count,)](
@@ -161,6 +161,10 @@ def split_matrix(matrix: Tensor) -> Tensor:
     return torch.stack([high, (lifted - high.double()).half()])
 
 
-def best_cut(num_rows: int, size: int) -> tuple[int, int, int, int]:
+def best_cut(num_rows: int, size: int, *, on_grid: bool) -> tuple[int, int, int, int]:
     """How the rows are cut, see `rotate_heads`; measured on an H100 (`benchmarks/transforms.py`)."""
-    return (16, 8, 1, 8) if num_rows <= 1024 else (64, 4, 1, 8)
+    if num_rows <= 1024:
+        return 16, 8, 1, 8
+    if size < 128:
+        return (64, 4, 1, 8) if on_grid else (64, 4, 2, 64)
+    return (64, 4, 1 if on_grid else 2, 3)  # each program reads all of the matrix, so few of them

@@ -1,8 +1,8 @@
 """Which numbers of a product a thread is left with, and an order of rows and columns in which it can store them.
 
-The tensor cores leave a thread pairs of neighbours. With rows and columns of the factors in another order, it has runs of
-them, as many as the 16 bytes that one instruction stores; the product in its own order again is what Triton would deal
-out to the threads for a store, so no number has to move between them.
+The tensor cores leave a thread pairs of neighbours. With rows and columns of the factors in another order it has runs
+of them, as many as the 16 bytes that one instruction stores; and the product in its own order again is what Triton
+deals out to the threads for a store, so no number has to move between them.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
