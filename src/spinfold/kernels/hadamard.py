@@ -425,7 +425,7 @@ MEASURED_FEW: dict[int, Tiling] = {
     9728: Tiling(128, 2, 128, 8, 1, 1),
     11008: Tiling(64, 1, 64, 4, 1, 1),
     14336: Tiling(128, 2, 128, 8, 1, 1),
-    18944: Tiling(128, 2, 128, 8, 1, 1),
+    18944: Tiling(128, 2, 256, 8, 1, 1),
 }
 """The best of `tilings`, with fewer registers if that helps, on an H100, by size (`benchmarks/transforms.py`); WHOLE:
 for grids that need all of a row.

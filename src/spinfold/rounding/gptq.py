@@ -76,8 +76,7 @@ def gptq(
     grid = fit_grid(w_OI, fmt, search=search, scale_dtype=scale_dtype)
     nearest_OI = grid.dequantize(grid.quantize(w_OI), w_OI.dtype)
     order_I = _order(h_II.diagonal(), fmt.group_of(w_OI.shape[1]), act_order, static_groups)
-    # H is symmetric, and rows are gathered sooner than columns.
-    factor = inverse_factor(h_II.index_select(0, order_I).T.contiguous().index_select(0, order_I), damp)
+    factor = inverse_factor(h_II.index_select(0, order_I).gather(1, order_I.expand_as(h_II)), damp)
     whole_OG1 = fmt.whole_of(*extent(fmt.split(w_OI)))
 
     def refit(w_Og: Tensor, group: int) -> Grid:
