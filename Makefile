@@ -2,6 +2,7 @@
 # make test       every test
 # make test-tasks zero-shot tasks against lm-evaluation-harness; TASK_DATA=… adds the published items
 # make test-runtimes  exported checkpoints in llama.cpp and vLLM, which it installs into .venv-runtimes
+# make test-gpu   the kernels on a GPU; GPU_PYTHON=… has a PyTorch with CUDA, Triton and pytest
 # make test-ray   a comparison on a local Ray cluster of two nodes, one of which is killed
 # make test-browser  the pages in headless Chromium, with screenshots in out/browser
 # make docs       the site, in site/, and the notebook of examples/ with a tiny model
@@ -10,7 +11,7 @@
 # Each sets up .venv first, once; PYTHON=… chooses the interpreter.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tasks test-ray test-runtimes test-browser docs lint benchmark clean
+.PHONY: help demo test test-tasks test-gpu test-ray test-runtimes test-browser docs lint benchmark clean
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -43,6 +44,11 @@ test: $(READY)
 test-tasks: $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,tasks]'
 	SPINFOLD_TASK_DATA=$(TASK_DATA) $(BIN)/python -m pytest -q tests/laws/test_tasks.py tests/reference/test_tasks_lm_eval.py
+
+# The environment here has a PyTorch without CUDA.
+GPU_PYTHON ?= $(PYTHON)
+test-gpu:
+	PYTHONPATH=src:tests $(GPU_PYTHON) -m pytest -q tests/laws/test_kernels.py tests/laws/test_transforms.py
 
 test-ray: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'

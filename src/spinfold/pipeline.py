@@ -125,9 +125,11 @@ def quantize(
         rows += [_baseline(subject, recipe.with_(method=name), progress) for name in baselines]
         start = time.perf_counter()
         seen_NT = subject.held_out_NT[:OUTLIER_WINDOWS]
-        before = measure_outliers(subject.network, seen_NT, compute=recipe.compute)
+        with progress.stage("find outliers"):
+            before = measure_outliers(subject.network, seen_NT, compute=recipe.compute)
         rotated = kept_rotation(folder, subject, recipe, progress)
-        after = measure_outliers(rotated.network, seen_NT, at=before.places, compute=recipe.compute)
+        with progress.stage("find outliers"):
+            after = measure_outliers(rotated.network, seen_NT, at=before.places, compute=recipe.compute)
         clips = clips_of(subject, rotated, recipe, progress)
         asked, recipe = recipe, kept_allocation(folder, subject, rotated.network, recipe, progress)
         rounded = kept_rounding(folder, subject, rotated.network, recipe, progress)

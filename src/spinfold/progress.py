@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
@@ -149,7 +149,15 @@ class _PlainBar(_Shown):
 
     def close(self, seconds: float, peak_bytes: int, finished: bool) -> None:
         end = "done in" if finished else "stopped after"
-        self.plain.say(f"{self.name}: {end} {_duration(seconds)}" + (f", {self.note}" if self.note else ""))
+        figures = f"{_duration(seconds)}, at most {_gigabytes(peak_bytes)} so far"
+        self.plain.say(f"{self.name}: {end} {figures}" + (f", {self.note}" if self.note else ""))
+
+
+class _MemoryColumn(ProgressColumn):
+    """What is in use now."""
+
+    def render(self, task: Task) -> Text:
+        return Text(_gigabytes(bytes_in_use()))
 
 
 class Live(_Recorder):
@@ -166,6 +174,7 @@ class Live(_Recorder):
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            _MemoryColumn(),
             TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
             refresh_per_second=4,
@@ -195,7 +204,7 @@ class _LiveBar(_Shown):
         live = self.live
         live.display.remove_task(self.task)
         mark = ("✓ ", "green") if finished else ("✗ ", "red")
-        figures = f"  {_duration(seconds)}  {peak_bytes / 1e9:.1f} GB  {self.note}"
+        figures = f"  {_duration(seconds)}  {_gigabytes(peak_bytes)}  {self.note}"
         live.console.print(Text.assemble(mark, self.name, (figures, "dim")))
         live.depth -= 1
         if live.depth == 0:
@@ -244,6 +253,21 @@ def peak_bytes() -> int:
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def bytes_in_use() -> int:
+    """GPU memory if a GPU is in use, resident memory otherwise; where the system does not tell, the most there was."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.memory_allocated())
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_bytes()
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"
 
 
 def _duration(seconds: float) -> str:

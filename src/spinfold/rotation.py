@@ -94,8 +94,10 @@ def rotate_network(
         maps.explain().require(f"The method {recipe.method} gave a map that can't be folded.")
     if recipe.online_dtype != "float32":
         maps = maps.each_replaced(lambda one: as_held(one, getattr(torch, recipe.online_dtype)), ("down",))
-    fold(network, maps)
-    proof = prove_same_function(network, subject.fingerprint)
+    with progress.stage("fold maps"):
+        fold(network, maps)
+    with progress.stage("prove the same function"):
+        proof = prove_same_function(network, subject.fingerprint)
     if not proof.ok and maps.exact:  # approximate maps make another function, and the proof says how far it is
         raise CheckFailed(
             "The rotated network is not the same function.",

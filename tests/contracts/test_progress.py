@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from rich.progress import ProgressColumn
 
 from spinfold.progress import Live, Logged, Plain, Progress, Quiet, for_terminal
 
@@ -78,7 +81,7 @@ def test_a_log_has_a_line_at_both_ends_and_one_in_ten_seconds_between() -> None:
     lines = stream.getvalue().splitlines()
     assert lines[0] == "fit ..."
     assert lines[1] == "fit: 20 of 100, 40 s left, loss 19"
-    assert lines[-1] == "fit: done in 50 s, loss 99"
+    assert re.fullmatch(r"fit: done in 50 s, at most \d+\.\d GB so far, loss 99", lines[-1])
     assert len(lines) == 2 + 4
 
 
@@ -97,6 +100,17 @@ def test_a_terminal_keeps_a_line_of_each_finished_stage() -> None:
         bar.advance(2, note="loss [3.2]")
     assert "✓ fit  3 min 05 s" in stream.getvalue()
     assert "loss [3.2]" in stream.getvalue()
+
+
+def test_a_terminal_shows_the_memory_in_use() -> None:
+    progress, _, _ = live()
+    assert isinstance(progress, Live)
+    with progress.stage("fit", total=2):
+        held = torch.ones(1 << 28, dtype=torch.uint8)
+        (task,) = progress.display.tasks
+        cells = [str(column(task)) for column in progress.display.columns if isinstance(column, ProgressColumn)]
+        (shown,) = (float(cell.removesuffix(" GB")) for cell in cells if cell.endswith(" GB"))
+    assert held.numel() / 1e9 < shown < 200
 
 
 def test_a_pipe_gets_lines() -> None:

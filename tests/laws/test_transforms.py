@@ -17,7 +17,7 @@ from spinfold.formats import FLOAT_FORMATS, IntFormat, fake_quantize
 from spinfold.maps import Hadamard, LowRankCorrection
 from spinfold.networks import Wire
 from spinfold.runtime import OnlineMap, Quantize
-from spinfold.runtime.transforms import Encoded, add_change, as_stored, encode, fake_quantize_through, numbers
+from spinfold.runtime.transforms import Encoded, add_change, as_stored, encode, fake_quantize_through, numbers, rope
 
 SIZES = (576, 1536, 3072, 4096, 5120, 8192, 9728, 11008, 14336, 18944)
 FORMATS = {
@@ -34,13 +34,15 @@ FORMATS = {
     "E5M2 scales": replace(FLOAT_FORMATS["nvfp4"], scale="e5m2", outer=None),
 }
 
-CASES = [(576, torch.float16, name) for name in FORMATS]
-CASES += [(1024, torch.float32, name) for name in ("INT8", "MXFP4", "MXFP4 even", "MXFP8", "E5M2 scales")]
-CASES += [(1536, torch.float32, "INT4 in groups"), (1536, torch.float16, "NVFP4"), (128, torch.float32, "INT4")]
-CASES += [(64, torch.float16, name) for name in ("MXFP4", "MXFP6", "E5M2 scales")]  # of the KV cache
+MANY = ("INT4", "FP8", "MXFP4", "NVFP4")  # also with more than a few tokens, which are cut otherwise
+CASES = [(576, torch.float16, name, num_tokens) for name in FORMATS for num_tokens in (3, 67)[: 1 + (name in MANY)]]
+CASES += [(1024, torch.float32, name, 3) for name in ("INT8", "MXFP4", "MXFP4 even", "MXFP8", "E5M2 scales")]
+CASES += [(1536, torch.float32, "INT4 in groups", 3), (1536, torch.float16, "NVFP4", 3)]
+CASES += [(128, torch.float32, "INT4", num_tokens) for num_tokens in (3, 131)]
+CASES += [(64, torch.float16, name, 3) for name in ("MXFP4", "MXFP6", "E5M2 scales")]  # of the KV cache
 if not INTERPRETED:
-    CASES += [(3072, torch.bfloat16, name) for name in FORMATS]
-    CASES += [(size, torch.bfloat16, name) for size in (64, *SIZES) for name in ("INT4", "NVFP4")]
+    CASES += [(3072, torch.bfloat16, name, 3) for name in FORMATS]
+    CASES += [(size, torch.bfloat16, name, 3) for size in (64, *SIZES) for name in ("INT4", "NVFP4")]
 
 
 @elsewhere
@@ -82,9 +84,9 @@ def test_the_map(size, dtype, seed, transposed):
 
 
 @direct
-@pytest.mark.parametrize(("size", "dtype", "name"), CASES)
-def test_the_map_with_a_quantizer(size, dtype, name):
-    fmt, map, x = FORMATS[name], Hadamard(size), uneven(3, size).to(dtype)
+@pytest.mark.parametrize(("size", "dtype", "name", "num_tokens"), CASES)
+def test_the_map_with_a_quantizer(size, dtype, name, num_tokens):
+    fmt, map, x = FORMATS[name], Hadamard(size), uneven(num_tokens, size).to(dtype)
     if not map.has_kernel(x, fmt.group_size or 0) or (name == "NVFP4" and size <= 128):
         pytest.skip("no kernel: too large for fp32, groups cross rows of the matrix, or short rows share a scale")
     rotated = map.apply(x.double()).float()
@@ -105,7 +107,8 @@ def test_the_map_with_a_quantizer(size, dtype, name):
     assert [t.dtype for t in packed if t is not None] == [t.dtype for t in expected if t is not None]
     assert [t.shape for t in packed if t is not None] == [t.shape for t in expected if t is not None]
     assert (packed.codes != expected.codes).float().mean() < 2 * limit
-    torch.testing.assert_close(packed.scale.float(), expected.scale.float(), rtol=0.15, atol=0)
+    next_scale = 0.26 if name == "E5M2 scales" else 0.15  # with two bits of mantissa, or three
+    torch.testing.assert_close(packed.scale.float(), expected.scale.float(), rtol=next_scale, atol=0)
 
 
 @direct
@@ -191,24 +194,18 @@ def test_the_gradient_is_that_of_the_map():
     torch.testing.assert_close(actual.double(), map.inverse().apply(g.double()), rtol=0, atol=1e-5)
 
 
-def roped(x_BTHN, cos_BTN, sin_BTN):
-    first, second = x_BTHN.float().chunk(2, -1)
-    cos, sin = cos_BTN[:, :, None].float(), sin_BTN[:, :, None].float()
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-
 @direct
 @pytest.mark.parametrize("size", [32, 64, 128])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("batch", "length"), [(1, 7), (2, 7), (2, 175)])  # more than 1024 rows are cut otherwise
 @pytest.mark.parametrize("dtype", [torch.float32, NARROW])
-def test_heads_through_rope_a_rotation_and_a_quantizer(size, batch, dtype):
+def test_heads_through_rope_a_rotation_and_a_quantizer(size, batch, length, dtype):
     from spinfold.kernels.heads import rotate_heads, split_matrix
 
     R_NN = torch.linalg.qr(random(size, size, seed=1).double())[0]
-    x, angle = random(2, 7, 3, size).to(dtype), random(batch, 7, size // 2, seed=2)
+    x, angle = random(2, length, 3, size).to(dtype), random(batch, length, size // 2, seed=2)
     cos, sin = angle.cos(), angle.sin()
     options = {"matrix": split_matrix(R_NN), "cos": cos, "sin": sin}
-    exact = roped(x, cos, sin).double() @ R_NN
+    exact = rope(x, cos, sin).double() @ R_NN
     error = (rotate_heads(x, **options) - exact).norm() / exact.norm()
     # fp32: 1.5e-7 in the interpreter. A tensor core cuts a sum off at 24 or 25 bits after every 16 products, which is
     # 2e-7 for 128 of them, imitated in fp64; 6e-7 if the products with second halves come after the large ones.
@@ -236,7 +233,7 @@ def test_two_numbers_of_16_bits_hold_22_bits_of_an_orthogonal_matrix(size):
 
 @direct
 @pytest.mark.parametrize(("dtype", "branch_dtype"), [(torch.float32,) * 2, (NARROW,) * 2, (torch.float32, NARROW)])
-@pytest.mark.parametrize(("num_tokens", "size", "rank"), [(1, 64, 3), (37, 576, 20), (0, 64, 3)])
+@pytest.mark.parametrize(("num_tokens", "size", "rank"), [(1, 64, 3), (37, 576, 20), (0, 64, 3), (131, 576, 64)])
 @pytest.mark.parametrize("with_x", [True, False])
 def test_the_low_rank_sum(dtype, branch_dtype, num_tokens, size, rank, with_x):
     from spinfold.kernels.low_rank import low_rank_sum

@@ -66,4 +66,4 @@ class Bytes:
             tokens = min(settings.batch, calibration.samples) * calibration.seq_len
             return 2 * stream + 4.0 * tokens * (11 * n.width + 7 * n.mlp_width) + 12 * layer
         second = stream + layer if settings.method == "gptaq" else 0.0
-        return stream + second + 8 * 8.0 * n.widest**2
+        return stream + second + 5 * 8.0 * n.widest**2

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from spinfold.forecast.machine import Machine
 from spinfold.forecast.sizes import Sizes
 from spinfold.methods import METHODS
-from spinfold.methods.spinfold import GLOBAL, HEAD_ROWS, LOCAL, ROWS, weights_are_coarsest
+from spinfold.methods.spinfold import GLOBAL, HEAD_ROWS, LOCAL, ROWS, TOKENS, weights_are_coarsest
 from spinfold.recipe import Recipe
 from spinfold.rounding import MEASURED_WINDOWS, choices_of
 
@@ -111,8 +111,10 @@ class Seconds:
             return steps * (6.0 * 3 * n.linears / n.layers * n.width / self.machine.products_fp32)
         rows, rate, heads = fit.batch or 4096, self.machine.products_fp32, 0.0
         if self.recipe.method == "spinfold":  # its `fit` is of the end-to-end part
-            steps, rows, rate = GLOBAL.steps, ROWS, self.machine.products
-            heads = 2 * LOCAL.steps * self.passes(58.0 * HEAD_ROWS * n.layers * n.head_dim)
+            tokens = fit.tokens or TOKENS
+            steps, rows, rate = GLOBAL.steps, min(ROWS, 2 * n.layers * tokens), self.machine.products
+            head_rows = min(HEAD_ROWS, n.kv_heads * tokens)
+            heads = 2 * LOCAL.steps * self.passes(58.0 * head_rows * n.layers * n.head_dim)
         step = 6.0 * rows * n.width**2 / rate + self.passes(58.0 * rows * n.width)
         return self.forward(calibration_tokens(self.recipe)) + self.one_by_one(1) + steps * step + heads
 

@@ -25,6 +25,7 @@ class Sizes:
     widest: int
     score_width: int
     head_dim: int
+    kv_heads: int
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Sizes:
@@ -51,4 +52,5 @@ class Sizes:
             widest=max(mlp_width, heads, config.hidden_size),
             score_width=heads,
             head_dim=head_dim,
+            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         )

@@ -44,9 +44,11 @@ from spinfold.methods.respinquant import joined
 from spinfold.methods.spinquant import fit_on_loss, learnable, settled
 from spinfold.recipe import Bits, Fit, Recipe
 
-__all__ = ["GLOBAL", "HEAD_ROWS", "LOCAL", "ROWS", "SPINFOLD", "weights_are_coarsest"]
+__all__ = ["GLOBAL", "HEAD_ROWS", "LOCAL", "ROWS", "SPINFOLD", "TOKENS", "weights_are_coarsest"]
 
-_WINDOWS, _TOKENS = 16, 4096
+_WINDOWS = 16
+TOKENS = 4096
+"""Captured at each wire and layer, if the recipe does not say."""
 ROWS, HEAD_ROWS = 16384, 2048
 """Of a step: of the residual basis, and of each head's or boundary's."""
 GLOBAL = LayerwiseSettings(steps=300, learning_rate=0.02, compute="auto")
@@ -113,7 +115,7 @@ def _fit_to_wires(task: FitTask, start: SiteMaps, log: FitLog, *, residual: bool
     recipe, network, maps = task.recipe, task.network, start
     ids_NT = task.windows(recipe.calibration.seq_len, _WINDOWS)
     wires: list[str | tuple[str, ...]] = ["value", "key", *([_NORMS] if residual else ())]
-    captured = capture(network, ids_NT, wires, recipe.fit.tokens or _TOKENS, recipe.seed, task.progress)
+    captured = capture(network, ids_NT, wires, recipe.fit.tokens or TOKENS, recipe.seed, task.progress)
     quantizer = recipe.activation_format
     if residual and isinstance(start.residual, Map) and quantizer is not None:
         x_SD = pooled(captured, *_NORMS)

@@ -112,7 +112,7 @@ def cost_sections(run: Data) -> list[Section]:
     if seconds:
         charts.append(Chart("time", figures.bars(seconds, "seconds")))
     if gigabytes:
-        charts.append(Chart("memory", figures.bars(gigabytes, "peak, GB")))
+        charts.append(Chart("memory", figures.bars(gigabytes, "peak so far, GB")))
     caption = "Wall time and the high-water mark of memory of every stage, in the order in which they ran."
     return [Section("What it cost", caption, charts, layout="pairs")] if charts else []
 

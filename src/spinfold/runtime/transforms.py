@@ -27,7 +27,7 @@ from spinfold.kernels import kernels_run_on
 from spinfold.maps import Hadamard, LowRankCorrection, Map
 from spinfold.maps.hadamard import SHORT
 
-__all__ = ["Encoded", "add_change", "as_stored", "encode", "encode_through", "fake_quantize_through", "numbers"]
+__all__ = ["Encoded", "add_change", "as_stored", "encode", "encode_through", "fake_quantize_through", "numbers", "rope"]
 
 
 class Encoded(NamedTuple):
@@ -102,6 +102,15 @@ def _has_kernel(x: Tensor, map: Map, fmt: Format) -> bool:
     if isinstance(fmt, FloatFormat) and (fmt.by_sign or fmt.outer == "tensor" or (fmt.outer and map.size in SHORT)):
         return False
     return map.has_kernel(x, fmt.group_size or 0)
+
+
+def rope(x_BTHN: Tensor, cos_BTN: Tensor, sin_BTN: Tensor) -> Tensor:
+    """Rotary embedding of heads, in fp32: x ∘ [cos, cos] + [-x₂, x₁] ∘ [sin, sin], x = [x₁, x₂]; cos and sin are those
+    of half the channels, `(B or 1, T, N / 2)`. A rotation and `encode` behind it are what `kernels.heads` computes.
+    """
+    first, second = x_BTHN.float().chunk(2, -1)
+    cos, sin = cos_BTN[:, :, None].float(), sin_BTN[:, :, None].float()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 @lru_cache(maxsize=64)
