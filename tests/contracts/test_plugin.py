@@ -37,6 +37,7 @@ from spinfold.folding import fold, fold_norms
 from spinfold.formats import FLOAT_FORMATS, IntFormat, QuantizedWeight, fake_quantize, fit_grid
 from spinfold.maps import Hadamard, SiteMaps, as_held, random_orthogonal
 from spinfold.networks import Network, network
+from spinfold.networks.family import FAMILIES
 from spinfold.networks.sources import resolve
 from spinfold.recipe import Recipe
 from spinfold.rounding import round_network
@@ -161,10 +162,28 @@ def folder(of_case: Any, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("case", CASES, ids=str)
 @torch.no_grad()
 def test_the_loaded_model_is_the_run(case: Case, of_case: Any) -> None:
+    """Number by number, and by the check of `export` on a real text, which sees two rows in each other's place."""
     run, out = of_case(case)
-    model, expected = load(out), load_run(run, CPU)(IDS)
+    model, network = load(out), load_run(run, CPU)
+    expected = network(IDS)
     assert relative(model(IDS, use_cache=False).logits, expected) <= 1e-6
     assert relative(model(IDS).logits, expected) <= 1e-6
+
+    text_NT = zoo.text_tokens(out, batch=2)
+    expected_NTV = network(text_NT)
+
+    def check() -> list[str]:
+        logits_NTV = model(text_NT, use_cache=False).logits
+        proofs = checks.compare(expected_NTV, logits_NTV, text_NT, BOUNDS["transformers"], "transformers")
+        return [str(proof) for proof in proofs if not proof.ok]
+
+    assert not check()
+    zoo.swap_rows(model.state_dict())
+    assert len(check()) == 3
+
+
+def test_every_family_is_tried() -> None:
+    assert {BUILD[case.family].args[0] for case in CASES} == {name for one in FAMILIES for name in one.model_types}
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[-4]], ids=str)
@@ -459,24 +478,46 @@ def test_smollm2_at_w4_takes_less_than_4_3_bits(tmp_path: Path) -> None:
     assert in_memory < on_disk < 4.06
 
 
-@torch.no_grad()
-def test_one_weight_at_a_time_is_in_floating_point(wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load(wide[1])
-    alive: list[weakref.ref[Tensor]] = []
-    dequantize = PackedWeight.dequantize
+def alive_at_each(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each weight that two tokens make in floating point, in order: how many others are still there by then."""
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    dequantize = QuantizedWeight.dequantize  # what a linear and what each expert is unpacked by
 
-    def watched(self: PackedWeight) -> Tensor:
-        assert not any(one() is not None for one in alive)
-        weight_OI = dequantize(self)
-        alive.append(weakref.ref(weight_OI))
+    def count() -> int:
+        return sum(one() is not None for one in made)
+
+    def watched(self: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+        alive.append(count())
+        weight_OI = dequantize(self, dtype)
+        made.append(weakref.ref(weight_OI))
         return weight_OI
 
-    monkeypatch.setattr(PackedWeight, "dequantize", watched)
+    monkeypatch.setattr(QuantizedWeight, "dequantize", watched)
     before = model.get_memory_footprint()
     model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, pad_token_id=0)
-    assert len(alive) == 2 * 3 * 7
-    assert not any(one() is not None for one in alive)
+    assert count() == 0
     assert model.get_memory_footprint() == before
+    return alive
+
+
+def test_one_weight_at_a_time_is_in_floating_point(wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert alive_at_each(load(wide[1]), monkeypatch) == [0] * (2 * 3 * 7)
+
+
+def test_of_experts_only_the_one_before_is_still_there(of_case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same matrix, since the loop over its experts lets go of one when it has the next; never all of a layer's.
+    A loop that unpacks all of a matrix first is seen.
+    """
+    (mixtral,) = (case for case in CASES if case.family == "mixtral")
+    model = load(of_case(mixtral)[1])
+    attention, matrix = [0] * 4, [0, 1, 1, 1]
+    most = 2 * 2 * (attention + matrix + matrix)
+    assert all(number <= bound for number, bound in zip(alive_at_each(model, monkeypatch), most, strict=True))
+
+    one_by_one = PackedWeight.__iter__
+    monkeypatch.setattr(PackedWeight, "__iter__", lambda self: iter(list(one_by_one(self))))
+    assert max(alive_at_each(model, monkeypatch)) == 3
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""vLLM computes what the run computes, of every family; a transposed online map does not pass.
+"""vLLM computes what the run computes on real text, of every family; a transposed online map does not pass.
 
 Skipped where vLLM is not installed.
 """
@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import zoo
+from torch import Tensor
 
 import spinfold
 from spinfold.export import check as checks
@@ -29,7 +30,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not installed(), reason="vLLM
 TEXT = "The rain in Spain stays mainly in the plain; the theatre in the north is there.\n" * 100
 BOUNDS = Bounds(top1=0.85, kl=0.03, perplexity=0.05)
 """vLLM computes in bfloat16 with kernels of its own."""
-IDS_NT = torch.randint(3, zoo.VOCAB, (2, 48), generator=torch.Generator().manual_seed(0))
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
 """Those that vLLM's kernels take."""
 GROUPS: dict[str, Any] = {"bits": "W4A16", "group_size": 32}
@@ -66,16 +66,22 @@ def make(folder: Path, family: str, **changes: Any) -> tuple[Path, Path]:
     return run.path, spinfold.export(run.path, "compressed-tensors", folder / "out", check=False).path
 
 
+def ids_of(run: Path) -> Tensor:
+    """Windows of real text in the run's own tokens, longer than the zoo's small sliding ones."""
+    return zoo.text_tokens(run / "model", 8, 48)
+
+
 def proofs(run: Path, other_NTV: Any) -> list[spinfold.Proof]:
-    run_NTV = checks.logits_of_run(run, IDS_NT, torch.device("cpu"))
-    return checks.compare(run_NTV, other_NTV, IDS_NT, BOUNDS, "vllm")
+    ids_NT = ids_of(run)
+    run_NTV = checks.logits_of_run(run, ids_NT, torch.device("cpu"))
+    return checks.compare(run_NTV, other_NTV, ids_NT, BOUNDS, "vllm")
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_vllm_computes_what_the_run_computes(name: str, tmp_path: Path) -> None:
     family, changes = RUNS[name]
     run, folder = make(tmp_path, family, **changes)
-    broken = [str(proof) for proof in proofs(run, checks.logits_in("vllm", folder, IDS_NT)) if not proof.ok]
+    broken = [str(proof) for proof in proofs(run, checks.logits_in("vllm", folder, ids_of(run))) if not proof.ok]
     assert not broken
 
 
@@ -84,8 +90,8 @@ def test_every_family_without_experts_is_tried() -> None:
     assert tried == {name for one in FAMILIES if not one.experts for name in one.model_types}
 
 
-def logits_with_shim(folder: Path) -> Any:
-    np.save(folder.parent / "ids.npy", IDS_NT.numpy())
+def logits_with_shim(run: Path, folder: Path) -> Any:
+    np.save(folder.parent / "ids.npy", ids_of(run).numpy())
     arguments = ["vllm", str(folder), str(folder.parent / "ids.npy"), str(folder.parent / "logits.npy")]
     subprocess.run([sys.executable, "-c", SHIM, *arguments], check=True, env=checks.environment())
     return np.load(folder.parent / "logits.npy")
@@ -95,7 +101,7 @@ def logits_with_shim(folder: Path) -> Any:
 def test_vllm_applies_the_online_map(tmp_path: Path) -> None:
     settings = {"sites": ["residual", "value", "down"], "online_dtype": "bfloat16"}
     run, folder = make(tmp_path, "llama", **RUNS["W8A8"][1], **settings)
-    broken = [str(proof) for proof in proofs(run, logits_with_shim(folder)) if not proof.ok]
+    broken = [str(proof) for proof in proofs(run, logits_with_shim(run, folder)) if not proof.ok]
     assert not broken
 
     path = folder / "model.safetensors"
@@ -104,4 +110,4 @@ def test_vllm_applies_the_online_map(tmp_path: Path) -> None:
     tensors[name] = tensors[name].T.contiguous()
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
     write_json(folder / "proof.json", {"files": checks.hash_files(folder)})
-    assert not any(proof.ok for proof in proofs(run, logits_with_shim(folder))[:2])
+    assert not any(proof.ok for proof in proofs(run, logits_with_shim(run, folder))[:2])

@@ -4,6 +4,8 @@
     GGUF:           `tokenizer.ggml.pre`, a name whose expression is built into llama.cpp
 
 A name that is close but not the same gives other tokens and says nothing, so what the table does not hold is unknown.
+Of `tekken` and `gpt-4o` llama.cpp itself (llama-cpp-python 0.3.36) knows no combining marks, and the case of ASCII
+letters alone: it cuts LÉ|ON where the tokenizer has one word (`tests/runtime/test_llama_cpp.py`).
 """
 
 from __future__ import annotations
