@@ -353,7 +353,7 @@ def test_a_folder_that_has_every_map_everywhere_is_still_read(of_case: Any, tmp_
                 tensors |= copies
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     ours = SpinfoldConfig(quantization["recipe"], quantization["wires"], version=1)
-    quantization |= {"version": 1, "checksum": ours.checksum_over({k: digest(v) for k, v in tensors.items()})}
+    quantization |= {"version": 1, "checksum": ours.checksum_over({k: digest(v) for k, v in tensors.items()}, config)}
     write_json(out / "config.json", config)
     assert relative(load(out)(IDS).logits, load_run(run, CPU)(IDS)) <= 1e-6
 
@@ -363,7 +363,8 @@ def test_a_reference_to_no_map(folder: Path) -> None:
         quantization["wires"]["1.down"][0] = {"same": "7.down.0"}
         digests = {name: digest(value) for name, value in load_file(folder / "model.safetensors").items()}
         ours = SpinfoldConfig(quantization["recipe"], quantization["wires"])
-        quantization["checksum"] = ours.checksum_over(digests)
+        config = json.loads((folder / "config.json").read_text())
+        quantization["checksum"] = ours.checksum_over(digests, config)
 
     spoil_config(folder, refer)
     with pytest.raises(SpinfoldError, match="description of its wires can't be read"):
@@ -559,7 +560,7 @@ def test_weights_of_another_run(of_case: Any, folder: Path, tmp_path: Path) -> N
     """Complete in themselves, of the same shapes, and of another seed."""
     run = make_run(tmp_path / "run", CASES[0], BUILD["llama"](seed=1))
     shutil.copy(export(run, tmp_path / "other") / "model.safetensors", folder)
-    with pytest.raises(SpinfoldError, match="belong to another run"):
+    with pytest.raises(SpinfoldError, match="they are of two runs"):
         load(folder)
 
 
@@ -581,7 +582,7 @@ def test_a_truncated_shard(keep: float, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda q: q.update(version=3), "newer spinfold"),
+        (lambda q: q.update(version=4), "newer spinfold"),
         (lambda q: q["recipe"].update(schema_version=2), "newer spinfold"),
         (lambda q: q["recipe"].update(flavour=1), "flavour"),
         (lambda q: q.update(flavour=1), "flavour"),
@@ -603,11 +604,22 @@ def test_a_recipe_is_kept_as_it_was_written() -> None:
     assert SpinfoldConfig({"bits": "W4A16"}, {}).recipe == {"bits": "W4A16"}
 
 
-@pytest.mark.parametrize("change", [{"intermediate_size": 168}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}])
-def test_a_model_of_another_shape(change: dict[str, int], folder: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"intermediate_size": 168},
+        {"num_hidden_layers": 3},
+        {"rms_norm_eps": 1e-2},
+        {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
+        {"hidden_act": "gelu"},
+    ],
+    ids=str,
+)
+def test_a_model_of_another_function(change: dict[str, Any], folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
+    assert config | change != config
     (folder / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(SpinfoldError, match="not those of the model in config"):
+    with pytest.raises(SpinfoldError, match="not those that the config describes"):
         load(folder)
 
 

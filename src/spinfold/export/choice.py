@@ -89,7 +89,7 @@ def _objections(row: Row, facts: Facts) -> Iterator[tuple[int, str, str]]:
         if recipe.weights.symmetric not in row.symmetric:
             fix = f"weights.symmetric: {row.symmetric[0]}".lower()
             yield 1, f"weight grids are {kinds_text(row.symmetric)}.", fix
-        if recipe.overrides:
+        if recipe.overrides and not row.mixed:
             yield 4, "all linears have one weight grid.", "no overrides and no budget"
         if row.groups is not None and recipe.group_size not in row.groups:
             fix = " or ".join(f"--group-size {size}" if size else "no --group-size" for size in row.groups)

@@ -170,6 +170,10 @@ def _stack(parts: list[QuantizedWeight | Tensor]) -> QuantizedWeight | Tensor:
     if tensors:
         return torch.cat(tensors)
     rounded = [part for part in parts if isinstance(part, QuantizedWeight)]
+    if len({part.format for part in rounded}) > 1:
+        why = "They are one module of the model, which has one grid."
+        fix = "Give the linears of a fused module the same overrides."
+        raise SpinfoldError("Linears with different weight grids can't be exported together.", why, fix)
     keys = rounded[0].tensors()
     whole = {key: torch.cat([part.tensors()[key] for part in rounded]) for key in keys}
     return QuantizedWeight.from_tensors(whole, rounded[0].format)

@@ -27,11 +27,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from spinfold.errors import SpinfoldError
 from spinfold.formats import IntFormat
 from spinfold.recipe import SCHEMA_VERSION, Recipe
+from spinfold.run import read_json
 
 __all__ = ["FORMAT_VERSION", "SpinfoldConfig", "SpinfoldQuantizer", "digest"]
 
-FORMAT_VERSION: Final = 2
-"""1 has every map at each of its places."""
+FORMAT_VERSION: Final = 3
+"""1 has every map at each of its places; 1 and 2 leave the rest of config.json out of the checksum."""
+_NOT_THE_FUNCTION: Final = {"quantization_config", "architectures", "dtype", "transformers_version", "_name_or_path"}
+"""What config.json says besides the function, and Transformers writes anew."""
 _AGAIN = "Copy the folder again, or export the run again."
 
 
@@ -46,7 +49,8 @@ def digest(tensor: Tensor) -> str:
 class SpinfoldConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` of a folder: the run's recipe, what stands on its wires, and a checksum.
 
-    The checksum binds recipe and wires to the tensors: a file of another run is as wrong as one with a flipped bit.
+    The checksum binds recipe, wires and the model's own config to the tensors: a file of another run is as wrong as one
+    with a flipped bit, and so is another base of RoPE.
     """
 
     def __init__(
@@ -71,10 +75,13 @@ class SpinfoldConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.recipe, self.wires = dict(recipe), dict(wires)
         self.version, self.checksum, self.quant_method = version, checksum, quant_method
 
-    def checksum_over(self, digests: Mapping[str, str]) -> str:
-        """SHA-256 of this config and of the tensors, whose `digest` is given by name."""
-        text = json.dumps([self.version, self.recipe, self.wires, dict(digests)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+    def checksum_over(self, digests: Mapping[str, str], config: Mapping[str, Any]) -> str:
+        """SHA-256 of this config, of the tensors, whose `digest` is given by name, and of what config.json says of the
+        function.
+        """
+        function = {key: value for key, value in config.items() if key not in _NOT_THE_FUNCTION}
+        parts = [self.version, self.recipe, self.wires, dict(digests)] + [function] * (self.version > 2)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @register_quantizer("spinfold")
@@ -103,6 +110,7 @@ class SpinfoldQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         from spinfold.export.packed import pack_parameter
         from spinfold.export.wires import PREFIX
+        from spinfold.networks import Network
 
         if model.get_output_embeddings() is None:
             why = "The wires are those of a whole network, its head included."
@@ -111,8 +119,9 @@ class SpinfoldQuantizer(HfQuantizer):  # type: ignore[misc]
         with torch.device("cpu"):  # models are built on another one, where tensors have no values
             found = self._verify(files, PREFIX)
         recipe = Recipe.parse(self.quantization_config.recipe)
-        format = recipe.weight_format
-        for name, _ in list(model.named_parameters()):
+        linears = {linear.parameter: linear for linear in Network(model).linears}  # those of a parameter are alike
+        for name, linear in linears.items():
+            format = recipe.weight_format_of(f"layers.{linear.layer}.{linear.key}")
             if f"{name}.packed" in found and isinstance(format, IntFormat):
                 pack_parameter(model, name, format, recipe.scale_dtype)
         expected = {name: tuple(tensor.shape) for name, tensor in _stored(model).items()}
@@ -133,8 +142,9 @@ class SpinfoldQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._maps[name] = tensor.clone()
             else:
                 shapes[name] = tuple(tensor.shape)
-        if self.quantization_config.checksum_over(digests) != self.quantization_config.checksum:
-            why = "Their SHA-256 is not the one in config.json: they were changed, or belong to another run."
+        config = read_json(files[0].parent / "config.json") if files else {}
+        if self.quantization_config.checksum_over(digests, config) != self.quantization_config.checksum:
+            why = "The SHA-256 of both is not the one in config.json: one was changed, or they are of two runs."
             raise SpinfoldError("The weights are not those that the config describes.", why, _AGAIN)
         return shapes
 
@@ -155,7 +165,8 @@ class SpinfoldQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         config.wires, maps = describe_wires(model)
         tensors = _stored(model) | maps
-        config.checksum = config.checksum_over({name: digest(tensor) for name, tensor in tensors.items()})
+        digests = {name: digest(tensor) for name, tensor in tensors.items()}
+        config.checksum = config.checksum_over(digests, json.loads(model.config.to_json_string()))
         return tensors, {}
 
     def is_serializable(self) -> bool:

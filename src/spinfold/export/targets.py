@@ -32,6 +32,7 @@ class Row:
     weights: tuple[int, ...]
     symmetric: tuple[bool, ...] = (True, False)
     groups: tuple[int | None, ...] | None = None
+    mixed: bool = False
     activations: tuple[int, ...] = (16,)
     activation_symmetric: tuple[bool, ...] = (True, False)
     activation_extras: bool = False
@@ -59,6 +60,7 @@ class Row:
         limits = {
             f"widths multiples of {self.multiple}": self.multiple > 1,
             ", ".join(self.families or ()): self.families is not None,
+            "one weight grid for all linears": self.weights != (16,) and not self.mixed,
             "no experts": not self.moe,
             "the context ends with a sliding window": not self.sliding,
             "no bias after an online op": self.online and not self.online_bias,
@@ -192,6 +194,7 @@ TARGETS: Final[tuple[Row, ...]] = (
         runtime="Transformers 5.23 + spinfold",
         format="spinfold",
         weights=ALL_BITS,
+        mixed=True,
         activations=ALL_BITS,
         activation_extras=True,
         kv=ALL_BITS,

@@ -96,15 +96,15 @@ def write(
 
     save_shards(folder, noted(), shard_bytes)
     quantization = SpinfoldConfig(contents.recipe.model_dump(mode="json"), wires)
-    quantization.checksum = quantization.checksum_over(digests)
+    config = contents.model_config() | {"dtype": str(dtype).removeprefix("torch.")}
+    quantization.checksum = quantization.checksum_over(digests, config)
     GenerationConfig.from_model_config(contents.config).save_pretrained(folder)
     for file in contents.tokenizer_files:
         shutil.copyfile(file, folder / file.name)
     num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with reading(contents.path / "run.json"):
         (folder / "README.md").write_text(_card(contents, num_bytes), "utf-8")
-    changes = {"dtype": str(dtype).removeprefix("torch."), "quantization_config": quantization.to_dict()}
-    write_json(folder / "config.json", contents.model_config() | changes)
+    write_json(folder / "config.json", config | {"quantization_config": quantization.to_dict()})
 
 
 def _tensors(contents: Contents, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
