@@ -22,8 +22,8 @@ class Row:
     `online` are the ops that it applies at inference: maps at the sites query_key and down, changes of basis on the
     skip connections. `multiple` divides every width of every linear, `block` every group of weights, or row where that
     is the group. `online_bias`: may a linear with an online op on its input have a bias? `sliding`: can attention end
-    before the context does? `parallel`: can the checkpoint be served with tensor parallelism? `established` says how
-    all of this is known.
+    before the context does? `mixed`: may each linear have a weight grid of its own? `parallel`: what is known of tensor
+    parallelism. `established` says how all of this is known.
     """
 
     target: str
@@ -44,7 +44,7 @@ class Row:
     families: tuple[str, ...] | None = None
     moe: bool = False
     sliding: bool = True
-    parallel: bool = True
+    parallel: str = "tensor parallelism not tried"
     established: str
 
     def cells(self) -> dict[str, str]:
@@ -64,7 +64,7 @@ class Row:
             "no experts": not self.moe,
             "the context ends with a sliding window": not self.sliding,
             "no bias after an online op": self.online and not self.online_bias,
-            "no tensor parallelism": not self.parallel,
+            self.parallel: True,
         }
         return {
             "target": self.target,
@@ -169,7 +169,7 @@ TARGETS: Final[tuple[Row, ...]] = (
         groups=(None, 32, 64, 128),
         online=("down",),
         multiple=64,
-        parallel=False,
+        parallel="no tensor parallelism",
         established="read in the source; the online map run on a CPU through compressed-tensors' own transforms",
     ),
     Row(
@@ -182,7 +182,7 @@ TARGETS: Final[tuple[Row, ...]] = (
         activations=(8,),
         activation_symmetric=(True,),
         online=("down",),
-        parallel=False,
+        parallel="no tensor parallelism",
         established="the file run in vLLM's CPU build with its missing kernel replaced; the GPU kernel read",
     ),
     _gguf(format="F16", weights=(16,)),
@@ -201,7 +201,7 @@ TARGETS: Final[tuple[Row, ...]] = (
         online=ONLINE,
         online_bias=True,
         moe=True,
-        parallel=False,
+        parallel="no tensor parallelism",
         established="run: tests/contracts/test_plugin.py",
     ),
 )
