@@ -75,8 +75,11 @@ def _wired_experts(module: nn.Module, x_TD: Tensor, experts_TK: Tensor, share_TK
     counts_E = experts_TK.flatten().bincount(minlength=len(down_EDF)).tolist()
 
     def linear(x_SI: Tensor, w_EOI: Tensor) -> Tensor:
-        pairs = zip(x_SI.split(counts_E), w_EOI, strict=True)
-        return torch.cat([F.linear(x_NI, w_OI) for x_NI, w_OI in pairs])
+        rows, products = iter(x_SI.split(counts_E)), []
+        for w_OI in w_EOI:
+            products.append(F.linear(next(rows), w_OI))
+            del w_OI  # before the next one is unpacked; zip would hold it
+        return torch.cat(products)
 
     x_TD = wires["mlp_input"](x_TD[None], experts_TK)[0]
     gate_SF, up_SF = linear(x_TD[by_expert_S // per_token], gate_up_EOD).chunk(2, dim=-1)
