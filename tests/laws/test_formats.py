@@ -75,7 +75,7 @@ def test_zero_is_exact_and_zero_rows_have_scale_one(fmt):
 
 @formats
 @given(exponent=st.integers(-20, 20), seed=st.integers(0, 99))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_powers_of_two_scale_through(fmt, exponent, seed):
     factor = math.ldexp(1.0, exponent)
     w_OI = weights((3, 16), seed)

@@ -71,7 +71,7 @@ def test_scales_that_were_fp16_stay_what_they_were(fmt: IntFormat) -> None:
         assert bool((error_OI <= bound_OI).all()) and bool(error_OI.any())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**31), st.sampled_from([1e-3, 1.0, 300.0]))
 def test_an_embedding_in_q8_0_is_rounded_to_nearest(seed: int, size: float) -> None:
     w_OI = torch.randn(3, 64, generator=torch.Generator().manual_seed(seed)) * size
@@ -114,7 +114,7 @@ def test_what_fits_is_known_beforehand(fmt: IntFormat | None, width: int, ok: bo
     assert bool(verdict) is ok and bool(verdict.reason and verdict.fix) is not ok
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 4), st.integers(1, 5), st.booleans())
 def test_row_order_is_the_inverse_of_the_readers(num_heads: int, half: int, bias: bool) -> None:
     shape = (num_heads * 2 * half,) if bias else (num_heads * 2 * half, 3)
@@ -140,7 +140,7 @@ def plain_frequencies(theta: float, rotated: int) -> torch.Tensor:
     return theta ** -(torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     theta=st.sampled_from([1e4, 5e5]),
     factor=st.floats(1.5, 64),

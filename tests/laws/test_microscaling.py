@@ -205,7 +205,7 @@ def test_the_largest_numbers_of_fp32_are_numbers():
 
 @every
 @given(exponent=st.integers(-12, 12), seed=st.integers(0, 99))
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 def test_powers_of_two_scale_through(fmt, exponent, seed):
     if fmt.scale in ELEMENTS and not fmt.outer:
         exponent = max(-3, min(exponent, 3))  # the scales themselves have few exponents

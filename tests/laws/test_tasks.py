@@ -86,7 +86,7 @@ def test_neither_batches_nor_quantizers_mix_sequences(
 
 
 @given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 100))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_batches_hold_every_sequence_once_and_no_more_than_they_may(lengths: list[int], tokens: int) -> None:
     batches = list(likelihood._batches(lengths, tokens))
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))

@@ -39,7 +39,7 @@ def refused(source: str | Path) -> SpinfoldError:
 
 
 @given(length=st.integers(1, 300))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_last_fifth_is_held_out_and_nothing_is_lost(length: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "speech.txt"
     path.write_text((PROSE * 2)[:length], "utf-8")
@@ -65,7 +65,7 @@ def test_a_text_of_its_own_leaves_calibration_the_whole_text(tmp_path: Path) -> 
     count=st.integers(1, 12) | st.none(),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_windows_are_distinct_aligned_pieces_of_the_text(
     num_tokens: int, seq_len: int, count: int | None, seed: int
 ) -> None:
