@@ -1,11 +1,13 @@
-"""What the C library does with memory that was freed; where it is not glibc, nothing changes."""
+"""What the process holds, and what the C library does with memory that was freed; where it is not glibc, nothing."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
 from contextlib import suppress
+from pathlib import Path
 
-__all__ = ["keep_freed_memory", "return_freed_memory"]
+__all__ = ["keep_freed_memory", "resident_bytes", "return_freed_memory"]
 
 
 def keep_freed_memory() -> None:
@@ -25,3 +27,8 @@ def return_freed_memory() -> None:
     """Have the C library give back to the system what it keeps, so that the next stage's peak is its own."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Memory that this process has now. Raises `OSError` where the system does not tell."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

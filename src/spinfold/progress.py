@@ -30,7 +30,7 @@ from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, T
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from spinfold.allocator import return_freed_memory
+from spinfold.allocator import resident_bytes, return_freed_memory
 
 __all__ = ["Bar", "Live", "Logged", "Plain", "Progress", "Quiet", "StageRecord", "for_terminal", "launched"]
 
@@ -261,7 +261,7 @@ def bytes_in_use() -> int:
     if torch is not None and torch.cuda.is_initialized():
         return int(torch.cuda.memory_allocated())
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        return resident_bytes()
     except OSError:
         return peak_bytes()
 

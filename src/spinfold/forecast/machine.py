@@ -12,6 +12,7 @@ from statistics import median
 
 import torch
 
+from spinfold.allocator import resident_bytes
 from spinfold.compute import pick_precision
 from spinfold.distributed import local_world
 
@@ -103,14 +104,11 @@ def _burst(work: Callable[[], object], device: torch.device) -> list[float]:
 
 
 def _free_bytes() -> int:
-    """Host memory that a new process can have; where the system does not say, all of it."""
+    """Host memory that is free or that this process holds already; where the system does not say, all there is."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024 + _resident_bytes()
+        return (
+            int(lines["MemAvailable"].split()[0]) * 1024 + resident_bytes()
+        )  # what this process holds already, it needs not find free
     except (OSError, KeyError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _resident_bytes() -> int:
-    """What this process holds already, and needs not be free besides."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
