@@ -161,7 +161,8 @@ def text_tokens(folder: Path, batch: int = 8, length: int = 128) -> torch.Tensor
 
 def swap_rows(tensors: Mapping[str, torch.Tensor]) -> None:
     """Let the first two rows of one weight change places, in memory, packed or not."""
-    weight = tensors[min(name for name in tensors if name.startswith("model.layers.0.self_attn.o_proj.weight"))]
+    parts = [tensor for name, tensor in tensors.items() if name.startswith("model.layers.0.self_attn.o_proj.weight")]
+    weight = max(parts, key=torch.Tensor.numel)
     weight[:2] = weight[:2].flip(0)
 
 

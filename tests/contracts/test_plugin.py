@@ -83,6 +83,11 @@ CASES = [
     Case("smollm", "W4A4K4V2", {"kv__key_group": 8, "kv__value_group": 4, "kv__sink": 2, "kv__residual": 5}),
     Case("gemma3", "W4A8K3V4", {"kv__key_group": 6, "kv__before_rope": True}, clips={"1.key": 0.9, "0.value": 0.8}),
     Case("qwen3_moe_mixed", "W3A4KV4", {"weights__symmetric": False, "group_size": 16}),
+    Case("phi3", "W4A4KV4", {"format": "nvfp4"}),
+    Case("mixtral", "W4A4", {"format": "amxfp4"}),
+    Case("qwen2", "W6A16KV4", {"format": "mxfp6"}),
+    Case("smollm", "W8A8KV4", {"format": "fp8", "weights__scale_dtype": "bfloat16"}),
+    Case("olmo2", "W4A4KV3", {"format": "mxfp4"}),
 ]
 
 
@@ -409,6 +414,22 @@ def test_packed_weights_are_the_weights(bits: int, symmetric: bool) -> None:
     assert torch.equal(torch.stack(list(packed)).flatten(0, 1), weight.dequantize())
 
 
+@pytest.mark.parametrize("name", FLOAT_FORMATS)
+def test_packed_floats_are_the_weights(name: str) -> None:
+    """Also after a cast of the module to another dtype and back: the grid stays in its own."""
+    w_OI = torch.randn(6, 5, 64, generator=torch.Generator().manual_seed(0)).flatten(0, 1)
+    format = FLOAT_FORMATS[name]
+    grid = fit_grid(w_OI, format)
+    weight = QuantizedWeight(grid.quantize(w_OI), grid.scale_OG, grid.second_OG, format)
+    packed = PackedWeight((6, 5, 64), format, torch.float32, torch.float32)
+    tensors = packed_tensors(weight, (6, 5, 64))
+    packed.load_state_dict(tensors, assign=True)
+    assert torch.equal(torch.stack(list(packed)).flatten(0, 1), weight.dequantize())
+    assert torch.equal(torch.stack(list(packed.bfloat16().float())).flatten(0, 1), weight.dequantize())
+    num_bits = 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / w_OI.numel()
+    assert num_bits == weight.bits_per_weight + (32 / 64 if format.outer else 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -508,7 +529,7 @@ def test_one_weight_at_a_time_is_in_floating_point(wide: tuple[Path, Path], monk
 
 def test_one_expert_at_a_time_is_in_floating_point(of_case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a loop that unpacks all of a matrix first is seen."""
-    (mixtral,) = (case for case in CASES if case.family == "mixtral")
+    mixtral = next(case for case in CASES if case.family == "mixtral")
     model = load(of_case(mixtral)[1])
     assert alive_at_each(model, monkeypatch) == [0] * (2 * 2 * (4 + 4 + 4))
 

@@ -26,7 +26,6 @@ Shapes: B batch, H heads, T tokens, S tokens held, N head size, R bytes of a row
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, Final, cast
 
 import torch
@@ -36,7 +35,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from spinfold.errors import SpinfoldError
 from spinfold.export.packing import as_codes, as_unsigned, pack, unpack
-from spinfold.formats import FloatFormat, Format
+from spinfold.formats import Format
 from spinfold.formats.base import compute_dtype, extent
 from spinfold.formats.cache import tokens_of
 from spinfold.runtime import Quantize, QuantizeCache
@@ -60,7 +59,8 @@ def encode_rows(x: Tensor, format: Format) -> Tensor:
     scale_G1, second_G1 = format.grid(low_G1, high_G1, whole=format.whole_of(low_G1, high_G1))
     scale_G1 = scale_G1.masked_fill(~scale_G1.isfinite(), torch.nan)
     codes = as_unsigned(format.encode(format.nearest(x_Gg, scale_G1, second_G1).nan_to_num_(0)), format.bits)
-    second_G1 = None if second_G1 is None else second_G1[..., : _seconds(format, second_G1.shape[-2]), :].nan_to_num(0)
+    if second_G1 is not None:
+        second_G1 = second_G1[..., : format.seconds_of(second_G1.shape[-2]), :].nan_to_num(0)
     parts = [pack(codes.flatten(0, -3).flatten(1), format.bits).unflatten(0, x.shape[:-1])]
     for numbers_G1 in format.stored(scale_G1, second_G1, x.dtype):
         parts += [] if numbers_G1 is None else [numbers_G1.flatten(-2).contiguous().view(torch.uint8)]
@@ -73,7 +73,7 @@ def decode_rows(rows: Tensor, format: Format, size: int, dtype: torch.dtype) -> 
     groups, end = size // format.group_of(size), -(-size * format.bits // 8)
     codes = unpack(rows[..., :end].flatten(0, -2), format.bits, size).unflatten(0, rows.shape[:-1])
     numbers: list[Tensor | None] = []
-    for stored, count in zip(_stored_dtypes(format, wide), (groups, _seconds(format, groups)), strict=False):
+    for stored, count in zip(format.stored_dtypes(wide), (groups, format.seconds_of(groups)), strict=False):
         start, end = end, end + count * stored.itemsize
         part = rows[..., start:end].clone(memory_format=torch.contiguous_format).view(stored)
         numbers.append(part.to(wide).unsqueeze(-1))
@@ -81,19 +81,6 @@ def decode_rows(rows: Tensor, format: Format, size: int, dtype: torch.dtype) -> 
     assert scale_G1 is not None
     q_Gg = format.decode(format.split(as_codes(codes, format.bits, format.dtype)), wide)
     return format.values(q_Gg, scale_G1, second_G1).flatten(-2).to(dtype)
-
-
-def _seconds(format: Format, groups: int) -> int:
-    """How many second numbers a row of so many groups has, if any: a scale of scales is all groups'."""
-    return 1 if isinstance(format, FloatFormat) and format.outer else groups
-
-
-@lru_cache(maxsize=64)
-def _stored_dtypes(format: Format, wide: torch.dtype) -> tuple[torch.dtype, ...]:
-    """Those of scales and, if there are any, second numbers."""
-    zero_11 = torch.zeros(1, 1, dtype=wide)
-    numbers = format.stored(*format.grid(zero_11, zero_11, whole=format.whole_of(zero_11, zero_11)), wide)
-    return tuple(one.dtype for one in numbers if one is not None)
 
 
 def _encode_units(x_BHTN: Tensor, format: Format | None) -> Tensor:

@@ -85,7 +85,11 @@ def _objections(row: Row, facts: Facts) -> Iterator[tuple[int, str, str]]:
     for what, own, allowed in zip(("weights", "activations", *cached), bits, kinds, strict=False):
         if own not in allowed:
             yield 2, f"{what} of {either(allowed)} bits, not {own}.", f"--bits {near}"
-    if bits.weights == near.weights != 16:
+    chosen = {recipe.format, *(one.format for one in recipe.overrides if one.format and bits.weights != 16)}
+    if (bits.weights, bits.activations) != (16, 16) and (other := sorted(chosen.difference(row.formats))):
+        known = either(tuple("integers" if name == "int" else name for name in row.formats))
+        yield 3, f"weights and activations are {known}, not {' and '.join(other)}.", "--format int"
+    elif bits.weights == near.weights != 16:
         if recipe.weights.symmetric not in row.symmetric:
             fix = f"weights.symmetric: {row.symmetric[0]}".lower()
             yield 1, f"weight grids are {kinds_text(row.symmetric)}.", fix

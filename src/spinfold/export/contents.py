@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from spinfold.checkpoint import load_maps, run_config
 from spinfold.errors import SpinfoldError, reading
-from spinfold.formats import IntFormat, QuantizedWeight
+from spinfold.formats import Format, QuantizedWeight, layout
 from spinfold.maps import SiteMaps
 from spinfold.networks import Family, Linear, Network
 from spinfold.networks.sources import transformers_errors
@@ -59,9 +59,6 @@ class Contents:
         with reading(path / "run.json"):
             recipe = Recipe.parse(data.get("recipe"), f"recipe in {path / 'run.json'}")
             name = data.get("model", {}).get("name", path.name)
-        if other := {recipe.format, *(one.format for one in recipe.overrides)} - {"int", None}:
-            why = f"Its numbers are {', '.join(sorted(filter(None, other)))}, and every target has integers so far."
-            raise SpinfoldError(f"The run {path} can't be exported.", why, "Make the run with --format int.")
         with transformers_errors(f"The model of the run {path} can't be built.", "Make the run again."):
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -88,7 +85,7 @@ class Contents:
         return self.network.name
 
     def linear(self, layer: int, key: str) -> QuantizedWeight | Tensor:
-        """One linear, such as `down`: its integers and scales as rounding left them, or its fp32 weight `(O, I)`."""
+        """One linear, such as `down`: its codes and scales as rounding left them, or its fp32 weight `(O, I)`."""
         return self._read(self.network.layers[layer].linears[key])
 
     def modules(self) -> Iterator[tuple[str, QuantizedWeight | Tensor]]:
@@ -129,19 +126,16 @@ class Contents:
     def _read(self, linear: Linear) -> QuantizedWeight | Tensor:
         if self.recipe.weight_format is None:
             return self._tensor(linear.parameter).flatten(0, -2)[linear.rows]
-        return QuantizedWeight.from_tensors(
-            {key: self._tensor(name) for key, name in self._stored(linear).items()}, self._format(linear)
-        )
+        name, format = self._rounded(linear)
+        tensors = {key: self._tensor(f"{name}.{key}") for key in layout(linear.weight_OI.shape, format)}
+        return QuantizedWeight.from_tensors(tensors, format)
 
-    def _format(self, linear: Linear) -> IntFormat:
-        format = self.recipe.weight_format_of(f"layers.{linear.layer}.{linear.key}")
-        assert isinstance(format, IntFormat), "others are not opened"
-        return format
-
-    def _stored(self, linear: Linear) -> dict[str, str]:
-        """The names of a rounded linear's tensors."""
-        keys = ("q", "scale") if self._format(linear).symmetric else ("q", "scale", "zero")
-        return {key: f"layers.{linear.layer}.{linear.key}.{key}" for key in keys}
+    def _rounded(self, linear: Linear) -> tuple[str, Format]:
+        """How the names of a rounded linear's tensors begin, and its format."""
+        name = f"layers.{linear.layer}.{linear.key}"
+        format = self.recipe.weight_format_of(name)
+        assert format is not None
+        return name, format
 
     def _tensor(self, name: str) -> Tensor:
         value: Tensor = self._file.get_tensor(name)
@@ -153,10 +147,9 @@ class Contents:
         grid = self.recipe.weight_format
         expected = {name: tuple(state[name].shape) for name in (state if grid is None else self._other_names())}
         for linear in self.network.linears if grid else ():
-            out_features, in_features = linear.weight_OI.shape
-            groups = in_features // self._format(linear).group_of(in_features)
-            shapes = {"q": (out_features, in_features), "scale": (out_features, groups), "zero": (out_features, groups)}
-            expected |= {name: shapes[key] for key, name in self._stored(linear).items()}
+            name, format = self._rounded(linear)
+            stored = layout(linear.weight_OI.shape, format)
+            expected |= {f"{name}.{key}": shape for key, (shape, _) in stored.items()}
         found = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
         if odd := sorted(set(expected.items()) ^ set(found.items())):
             name = odd[0][0]

@@ -25,7 +25,6 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spinfold.errors import SpinfoldError
-from spinfold.formats import IntFormat
 from spinfold.recipe import SCHEMA_VERSION, Recipe
 from spinfold.run import read_json
 
@@ -122,7 +121,7 @@ class SpinfoldQuantizer(HfQuantizer):  # type: ignore[misc]
         linears = {linear.parameter: linear for linear in Network(model).linears}  # those of a parameter are alike
         for name, linear in linears.items():
             format = recipe.weight_format_of(f"layers.{linear.layer}.{linear.key}")
-            if f"{name}.packed" in found and isinstance(format, IntFormat):
+            if f"{name}.packed" in found and format is not None:
                 pack_parameter(model, name, format, recipe.scale_dtype)
         expected = {name: tuple(tensor.shape) for name, tensor in _stored(model).items()}
         if odd := sorted(set(expected.items()) ^ set(found.items())):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
+from spinfold.formats import FLOAT_FORMATS
+
 __all__ = ["BOUNDS", "ONLINE", "TARGETS", "Bounds", "Row", "either", "kinds_text", "sizes_text"]
 
 ALL_BITS: Final = (2, 3, 4, 5, 6, 7, 8, 16)
@@ -19,6 +21,7 @@ ONLINE: Final = ("query_key", "down", "skip")
 class Row:
     """One thing that a target can run. `None` stands for "any"; a group of None is the whole row.
 
+    `formats` are those of weights and activations, as a recipe names them; `symmetric` and `groups` are of integers.
     `online` are the ops that it applies at inference: maps at the sites query_key and down, changes of basis on the
     skip connections. `multiple` divides every width of every linear, `block` every group of weights, or row where that
     is the group. `online_bias`: may a linear with an online op on its input have a bias? `sliding`: can attention end
@@ -30,6 +33,7 @@ class Row:
     runtime: str
     format: str
     weights: tuple[int, ...]
+    formats: tuple[str, ...] = ("int",)
     symmetric: tuple[bool, ...] = (True, False)
     groups: tuple[int | None, ...] | None = None
     mixed: bool = False
@@ -51,12 +55,12 @@ class Row:
         """The row in words, by column."""
         any_size = "any size" if self.block == 1 else f"any multiple of {self.block}"
         groups = sizes_text(self.groups) if self.groups else any_size
-        weights = bits_text(self.weights)
+        weights, floats = bits_text(self.weights), "".join(f", {name}" for name in self.formats if name != "int")
         if self.weights != (16,):
-            weights += f" {kinds_text(self.symmetric)}, groups of {groups}"
+            weights += f" {kinds_text(self.symmetric)}, groups of {groups}{floats}"
         activations = bits_text(self.activations)
         if self.activations != (16,):
-            activations += f" {kinds_text(self.activation_symmetric)}"
+            activations += f" {kinds_text(self.activation_symmetric)}{floats}"
         limits = {
             f"widths multiples of {self.multiple}": self.multiple > 1,
             ", ".join(self.families or ()): self.families is not None,
@@ -194,6 +198,7 @@ TARGETS: Final[tuple[Row, ...]] = (
         runtime="Transformers 5.23 + spinfold",
         format="spinfold",
         weights=ALL_BITS,
+        formats=("int", *FLOAT_FORMATS),
         mixed=True,
         activations=ALL_BITS,
         activation_extras=True,

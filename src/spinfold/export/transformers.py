@@ -47,7 +47,7 @@ pipeline_tag: text-generation
 tags: [spinfold, quantized]
 ---
 
-# {name}, {bits}
+# {name}, {bits}{grid}
 
 {size} of weights, made by spinfold {version} with the method `{method}`.
 
@@ -137,6 +137,7 @@ def _card(contents: Contents, num_bytes: int) -> str:
     return _CARD.format(
         name=data["model"]["name"],
         bits=recipe.bits,
+        grid="" if recipe.format == "int" else f" {recipe.format.upper()}",
         method=recipe.method,
         size=human_bytes(num_bytes),
         version=data["spinfold"],

@@ -9,7 +9,7 @@ from spinfold.formats.cache import CacheFormat
 from spinfold.formats.clip_search import ClipSearch
 from spinfold.formats.integer import IntFormat
 from spinfold.formats.microscaling import FLOAT_FORMATS, FloatFormat
-from spinfold.formats.weights import Grid, QuantizedWeight, fit_grid
+from spinfold.formats.weights import Grid, QuantizedWeight, fit_grid, layout
 
 __all__ = [
     "FLOAT_FORMATS",
@@ -22,4 +22,5 @@ __all__ = [
     "QuantizedWeight",
     "fake_quantize",
     "fit_grid",
+    "layout",
 ]

@@ -15,6 +15,7 @@ Shapes: x (..., I) in groups (..., G, g); a grid's tensors broadcast against the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -85,6 +86,14 @@ class Format(ABC):
     def bits_per_number(self, width: int, scale_bits: int = 32) -> float:
         """Bits per number of rows of `width` numbers, scales and all; `scale_bits` of a scale that is a real number."""
 
+    def stored_dtypes(self, scale_dtype: torch.dtype = torch.float32) -> tuple[torch.dtype, ...]:
+        """Those of scales and, if there are any, second numbers."""
+        return _stored_dtypes(self, scale_dtype)
+
+    def seconds_of(self, groups: int) -> int:
+        """How many second numbers are stored for that many groups of a row, if there are any."""
+        return groups
+
     def nearest_scale(self, scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
         """The nearest numbers that scales can be, in the dtype of `scale`."""
         return scale.to(scale_dtype).to(scale.dtype)
@@ -119,6 +128,13 @@ class Format(ABC):
         """`x (..., I)` as `(..., G, g)`, a view where possible."""
         group_size = self.group_of(x.shape[-1])
         return x.reshape(*x.shape[:-1], x.shape[-1] // group_size, group_size)
+
+
+@lru_cache(maxsize=64)
+def _stored_dtypes(format: Format, scale_dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    zero_11 = torch.zeros(1, 1, dtype=torch.promote_types(scale_dtype, torch.float32))
+    numbers = format.stored(*format.grid(zero_11, zero_11, whole=format.whole_of(zero_11, zero_11)), scale_dtype)
+    return tuple(one.dtype for one in numbers if one is not None)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -162,6 +162,9 @@ class FloatFormat(Format):
     def second(self) -> str:
         return "negative" if self.by_sign else "outer"
 
+    def seconds_of(self, groups: int) -> int:
+        return 1 if self.outer else groups
+
     def whole_of(self, low: Tensor, high: Tensor) -> Tensor | None:
         if self.outer is None or (self.outer == "tensor" and not low.numel()):
             return None

@@ -15,7 +15,7 @@ from spinfold.errors import SpinfoldError
 from spinfold.formats.base import Format, compute_dtype, extent
 from spinfold.formats.clip_search import ClipSearch
 
-__all__ = ["Grid", "QuantizedWeight", "fit_grid"]
+__all__ = ["Grid", "QuantizedWeight", "fit_grid", "layout"]
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,33 @@ class QuantizedWeight:
         return self.from_tensors({name: t.to(device) for name, t in self.tensors().items()}, self.format)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint stores: `q`, `scale` and, where the format has one, the second number: integers' `zero`."""
-        second = {} if self.second_OG is None else {self.format.second: self.second_OG}
-        return {"q": self.q_OI, "scale": self.scale_OG, **second}
+        """What a checkpoint stores: `q`, `scale` and, where the format has one, the second number, such as `zero`.
+
+        A second number that all groups of a row share is stored once for each row.
+        """
+        tensors = {"q": self.q_OI, "scale": self.scale_OG}
+        if self.second_OG is not None:
+            tensors[self.format.second] = self.second_OG[
+                :, : self.format.seconds_of(self.second_OG.shape[1])
+            ].contiguous()
+        return tensors
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], fmt: Format) -> QuantizedWeight:
         """The inverse of `tensors`."""
-        return cls(tensors["q"], tensors["scale"], tensors.get(fmt.second), fmt)
+        scale_OG, second = tensors["scale"], tensors.get(fmt.second)
+        return cls(tensors["q"], scale_OG, None if second is None else second.expand_as(scale_OG), fmt)
+
+
+def layout(
+    shape: Sequence[int], fmt: Format, scale_dtype: torch.dtype = torch.float32
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of `QuantizedWeight.tensors` for a weight of `shape (..., O, I)`."""
+    *rows, in_features = shape
+    groups = in_features // fmt.group_of(in_features)
+    names, counts = ("scale", fmt.second), (groups, fmt.seconds_of(groups))
+    grid = zip(names, counts, fmt.stored_dtypes(scale_dtype), strict=False)
+    return {"q": (tuple(shape), fmt.dtype)} | {name: ((*rows, count), dtype) for name, count, dtype in grid}
 
 
 def fit_grid(

@@ -90,7 +90,7 @@ def encode(y: Tensor, fmt: Format) -> Encoded:
         codes = codes[..., ::2] | codes[..., 1::2] << 4
     second = None if second_G1 is None else second_G1.squeeze(-1)
     scale, second = fmt.stored(scale_G1.squeeze(-1), second, torch.float32)
-    return Encoded(codes, scale, second if second is None or isinstance(fmt, IntFormat) else second[..., :1])
+    return Encoded(codes, scale, second if second is None else second[..., : fmt.seconds_of(second.shape[-1])])
 
 
 def _has_kernel(x: Tensor, map: Map, fmt: Format) -> bool:
