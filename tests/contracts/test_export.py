@@ -124,8 +124,11 @@ def test_a_run_comes_back_from_transformers(name: str, run_of: Callable[[str], P
     assert not all(proof.ok for proof in distance(run, folder))
 
     first = next(iter(integers))
-    integers[first] = integers[first].roll(1, 1)
-    assert not checks.prove_integers(contents, integers, "compressed-tensors").ok
+    for name in {first, f"{first}.zero"} & integers.keys():
+        wrong = integers | {name: integers[name].roll(1, 0)}
+        assert not checks.prove_integers(contents, wrong, "compressed-tensors").ok
+    has_zeros = not contents.recipe.weights.symmetric
+    assert sum(name.endswith(".zero") for name in integers) == has_zeros * sum(1 for _ in contents.modules())
 
 
 def test_every_family_without_experts_is_tried() -> None:

@@ -5,8 +5,10 @@ Skipped where vLLM is not installed.
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ import spinfold
 from spinfold.export import check as checks
 from spinfold.export.targets import Bounds
 from spinfold.export.vllm import installed
+from spinfold.fitting.end_to_end import FitLog
+from spinfold.maps import BlockDiagonal, SiteMaps, random_orthogonal
+from spinfold.methods import METHODS
 from spinfold.networks.family import FAMILIES, family_of
 from spinfold.recipe import Recipe
 from spinfold.run import write_json
@@ -97,6 +102,17 @@ def logits_with_shim(run: Path, folder: Path) -> Any:
     return np.load(folder.parent / "logits.npy")
 
 
+def change_maps(folder: Path, change: Callable[[list[Tensor]], list[Tensor]]) -> list[str]:
+    """Other online maps in a folder, as if they had been written so; the names of their tensors."""
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    names = sorted(key for key in tensors if key.endswith("_input.weight"))
+    tensors |= zip(names, change([tensors[name] for name in names]), strict=True)
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    write_json(folder / "proof.json", {"files": checks.hash_files(folder)})
+    return names
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in for a kernel that is there on a GPU")
 def test_vllm_applies_the_online_map(tmp_path: Path) -> None:
     settings = {"sites": ["residual", "value", "down"], "online_dtype": "bfloat16"}
@@ -104,10 +120,26 @@ def test_vllm_applies_the_online_map(tmp_path: Path) -> None:
     broken = [str(proof) for proof in proofs(run, logits_with_shim(run, folder)) if not proof.ok]
     assert not broken
 
-    path = folder / "model.safetensors"
-    tensors = safetensors.torch.load_file(path)
-    (name,) = (key for key in tensors if key.endswith("_input.weight"))
-    tensors[name] = tensors[name].T.contiguous()
-    safetensors.torch.save_file(tensors, path, {"format": "pt"})
-    write_json(folder / "proof.json", {"files": checks.hash_files(folder)})
+    (name,) = change_maps(folder, lambda maps: [one.T.contiguous() for one in maps])
+    assert name.endswith("R4_input.weight")
+    assert not any(proof.ok for proof in proofs(run, logits_with_shim(run, folder))[:2])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in for a kernel that is there on a GPU")
+@pytest.mark.parametrize("settings", [RUNS["W8A8"][1], GROUPS], ids=["W8A8", "W4A16"])
+def test_vllm_applies_a_learned_map_of_each_layer(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rotation on blocks of 64 in each layer, as if it had been learned; with the layers swapped it fails."""
+
+    def fit(task: Any) -> tuple[SiteMaps, FitLog]:
+        blocks = (BlockDiagonal(random_orthogonal(64, seed), 3) for seed, _ in enumerate(task.network.layers))
+        return SiteMaps(down=tuple(blocks)), FitLog()
+
+    monkeypatch.setitem(METHODS, "quarot", dataclasses.replace(METHODS["quarot"], fit=fit))
+    run, folder = make(tmp_path, "llama", **settings, sites=["down"], online_dtype="bfloat16")
+    broken = [str(proof) for proof in proofs(run, logits_with_shim(run, folder)) if not proof.ok]
+    assert not broken
+
+    assert len(change_maps(folder, lambda maps: maps[::-1])) == 2
     assert not any(proof.ok for proof in proofs(run, logits_with_shim(run, folder))[:2])

@@ -88,16 +88,19 @@ def _sha256(path: Path) -> str:
 
 
 def prove_integers(contents: Contents, written: dict[str, Tensor], target: str) -> Proof:
-    """Every integer that was written is the one that rounding produced; a module that is missing counts whole."""
+    """Every integer that was written is the one that rounding produced; a module that is missing counts whole.
+
+    So do zero points, `name.zero`, where the target has them as integers.
+    """
     wrong = total = 0
+    has_zeros = any(name.endswith(".zero") for name in written)
     for name, weight in contents.modules():
         assert isinstance(weight, QuantizedWeight)
-        total += weight.q_OI.numel()
-        read_OI = written.get(name)
-        if read_OI is None or read_OI.shape != weight.q_OI.shape:
-            wrong += weight.q_OI.numel()
-        else:
-            wrong += int((read_OI != weight.q_OI).sum())
+        zeros = {f"{name}.zero": weight.second_OG} if has_zeros and weight.second_OG is not None else {}
+        for key, own in ({name: weight.q_OI} | zeros).items():
+            read = written.get(key)
+            total += own.numel()
+            wrong += own.numel() if read is None or read.shape != own.shape else int((read != own).sum())
     return Proof(f"{target}: integers that differ from the run's", wrong, 0, f"{total:,} integers read back")
 
 

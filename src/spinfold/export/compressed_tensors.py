@@ -27,7 +27,7 @@ from torch import Tensor
 
 from spinfold.errors import SpinfoldError
 from spinfold.export.contents import Contents
-from spinfold.export.packing import as_unsigned, pack_words, unpack
+from spinfold.export.packing import as_codes, as_unsigned, pack_words, unpack
 from spinfold.export.shards import save_shards
 from spinfold.formats import IntFormat, QuantizedWeight
 from spinfold.maps.held import repeated_block, stored_matrix
@@ -60,7 +60,10 @@ def model_dtype(contents: Contents) -> torch.dtype:
 
 
 def read_integers(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The integers `(O, I)` of every quantized module of a written folder, as the run's grids have them."""
+    """The integers `(O, I)` of every quantized module of a written folder, as the run's grids have them.
+
+    Behind them the zero points `(O, G)` of asymmetric grids, as `name.zero`.
+    """
     args = read_json(folder / "config.json")["quantization_config"]["config_groups"]["group_0"]["weights"]
     bits, signed = args["num_bits"], args["symmetric"]
     for path in sorted(folder.glob("*.safetensors")):
@@ -68,9 +71,12 @@ def read_integers(folder: Path) -> Iterator[tuple[str, Tensor]]:
             for key in file.keys():  # noqa: SIM118
                 name, _, kind = key.rpartition(".")
                 if kind == "weight_packed":
-                    _, count = file.get_tensor(f"{name}.weight_shape").tolist()
+                    rows, count = file.get_tensor(f"{name}.weight_shape").tolist()
                     u_OI = unpack(file.get_tensor(key).contiguous().view(torch.uint8), bits, count)
-                    yield name, (u_OI.to(torch.int16) - (1 << bits - 1)).to(torch.int8) if signed else u_OI
+                    yield name, as_codes(u_OI, bits, torch.int8 if signed else torch.uint8)
+                    if not signed:
+                        words_GW = file.get_tensor(f"{name}.weight_zero_point").T.contiguous()
+                        yield f"{name}.zero", unpack(words_GW.view(torch.uint8), bits, rows).T
                 elif kind == "weight" and file.get_slice(key).get_dtype() == "I8":
                     yield name, file.get_tensor(key)
 

@@ -174,7 +174,7 @@ TARGETS: Final[tuple[Row, ...]] = (
         online=("down",),
         multiple=64,
         parallel="no tensor parallelism",
-        established="read in the source; the online map run on a CPU through compressed-tensors' own transforms",
+        established="the file run in vLLM's CPU build, the map's missing kernel replaced; the GPU kernels read",
     ),
     Row(
         target=_CT,
@@ -187,7 +187,7 @@ TARGETS: Final[tuple[Row, ...]] = (
         activation_symmetric=(True,),
         online=("down",),
         parallel="no tensor parallelism",
-        established="the file run in vLLM's CPU build with its missing kernel replaced; the GPU kernel read",
+        established="the file run in vLLM's CPU build, the map's missing kernel replaced; the GPU kernels read",
     ),
     _gguf(format="F16", weights=(16,)),
     _gguf(format="Q8_0", weights=(5, 6, 7, 8), symmetric=(True,)),
