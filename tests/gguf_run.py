@@ -14,12 +14,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from spinfold.checkpoint import save_clips, save_maps, save_model
 from spinfold.export.contents import Contents
+from spinfold.files import write_json
 from spinfold.folding import fold, fold_norms
 from spinfold.maps import Hadamard, SiteMaps
 from spinfold.networks import Network
 from spinfold.recipe import Recipe
 from spinfold.rounding import round_network
-from spinfold.run import write_json
 
 __all__ = ["make_run"]
 

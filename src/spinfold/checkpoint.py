@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.core_model_loading import revert_weight_conversion
 
 from spinfold.errors import SpinfoldError, reading
+from spinfold.files import load_tensors, read_json, save_tensors, whole_folder, write_json
 from spinfold.folding import place_online
 from spinfold.formats import QuantizedWeight
 from spinfold.maps import SiteMaps
@@ -29,7 +30,7 @@ from spinfold.networks.placement import built_without_weights
 from spinfold.networks.sources import transformers_errors
 from spinfold.recipe import Recipe
 from spinfold.rounding import RoundedLinear
-from spinfold.run import RunFolder, load_tensors, read_json, save_tensors, whole_folder, write_json
+from spinfold.run import RunFolder
 from spinfold.runtime import Clips, quantize_wires
 
 __all__ = [

@@ -31,13 +31,13 @@ from spinfold.cluster import Lost, connected, on_cluster
 from spinfold.compute import pick_device
 from spinfold.errors import SpinfoldError, reading
 from spinfold.evaluation import read_tasks
+from spinfold.files import read_json, write_json, write_whole
 from spinfold.fitting.text import Text, load_text, texts_of
 from spinfold.grid import Cell, Grid
 from spinfold.networks.sources import Checkpoint, resolve
 from spinfold.progress import Progress, Quiet
 from spinfold.recipe import Recipe
 from spinfold.report import build_comparison, comparison_csv, comparison_markdown, comparison_rows
-from spinfold.run import read_json, write_json, write_whole
 
 __all__ = ["Comparison", "compare", "hold_jobs"]
 

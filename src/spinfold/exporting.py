@@ -29,11 +29,11 @@ from spinfold.export.choice import choose, facts_of
 from spinfold.export.contents import Contents
 from spinfold.export.gguf_config import context_length
 from spinfold.export.targets import BOUNDS, TARGETS, Row
+from spinfold.files import whole_folder, write_json
 from spinfold.fitting.text import load_text, tokenize, windows
 from spinfold.networks.sources import transformers_errors
 from spinfold.progress import Progress, Quiet
 from spinfold.report import write_report
-from spinfold.run import whole_folder, write_json
 
 __all__ = ["Exported", "export", "targets"]
 

@@ -32,6 +32,7 @@ from spinfold.errors import SpinfoldError
 from spinfold.evaluation import measure_quality
 from spinfold.evaluation.outliers import MEASURED_WIRES, Outliers, measure_outliers
 from spinfold.evaluation.spikes import Spikes, find_spikes
+from spinfold.files import whole_folder, write_json
 from spinfold.forecast import stays_in_files, unmeasured_machine
 from spinfold.formats import ClipSearch
 from spinfold.maps import SiteMaps
@@ -43,7 +44,6 @@ from spinfold.recipe import Bits, Recipe
 from spinfold.report.inspect_page import build_inspection
 from spinfold.rotation import rotate_network
 from spinfold.rounding.nearest import round_nearest
-from spinfold.run import whole_folder, write_json
 from spinfold.runtime import Quantize, quantize_wires, quantized_wires
 from spinfold.subject import Subject, prepare
 

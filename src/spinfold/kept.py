@@ -1,5 +1,6 @@
 """The stages of a run that a stopped process has kept are read; those it has not are done, and kept.
 
+    RUN/state/fitting-NNNN.safetensors a loop of the fit, so far    fitting.journal
     RUN/state/fit                      maps and log of the fit      kept_rotation
     RUN/state/allocation.json          the recipe, budget spent     kept_allocation
     RUN/state/layer-NNNN.safetensors   a layer's rounded linears    kept_rounding
@@ -19,7 +20,9 @@ from torch import Tensor
 from spinfold.checkpoint import load_maps, rounded_tensors, save_maps
 from spinfold.distributed import on_first
 from spinfold.errors import reading
+from spinfold.files import load_tensors, read_json, save_tensors, whole_folder, write_json
 from spinfold.fitting.end_to_end import FitLog
+from spinfold.fitting.journal import Journal
 from spinfold.formats import QuantizedWeight
 from spinfold.maps import SiteMaps
 from spinfold.networks import Network
@@ -27,7 +30,7 @@ from spinfold.progress import Progress
 from spinfold.recipe import Recipe
 from spinfold.rotation import Rotated, rotate_network
 from spinfold.rounding import RoundedLinear, meet_budget, round_network
-from spinfold.run import RunFolder, load_tensors, read_json, save_tensors, whole_folder, write_json
+from spinfold.run import RunFolder
 from spinfold.subject import Subject
 
 __all__ = ["kept_allocation", "kept_rotation", "kept_rounding"]
@@ -35,7 +38,7 @@ __all__ = ["kept_allocation", "kept_rotation", "kept_rounding"]
 
 def kept_rotation(folder: RunFolder, subject: Subject, recipe: Recipe, progress: Progress) -> Rotated:
     """The rotated network, from maps that an earlier, stopped process has kept if there are any."""
-    kept = folder.state / "fit"
+    kept, journal = folder.state / "fit", Journal(folder.state)
 
     def read() -> tuple[SiteMaps, FitLog] | None:
         if not kept.is_dir():
@@ -46,9 +49,10 @@ def kept_rotation(folder: RunFolder, subject: Subject, recipe: Recipe, progress:
 
     with reading(kept):
         if found := on_first(read):
+            journal.forget()
             maps, log = found
             return rotate_network(subject, recipe, progress, maps=maps, log=log)
-    rotated = rotate_network(subject, recipe, progress)
+    rotated = rotate_network(subject, recipe, progress, journal=journal)
 
     def keep() -> None:
         with whole_folder(kept) as part:
@@ -56,6 +60,7 @@ def kept_rotation(folder: RunFolder, subject: Subject, recipe: Recipe, progress:
             write_json(part / "log.json", asdict(rotated.log))
 
     on_first(keep)
+    journal.forget()
     return rotated
 
 

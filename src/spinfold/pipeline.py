@@ -33,6 +33,7 @@ from spinfold.distributed import held_by_first, is_first, joined, on_first, worl
 from spinfold.errors import SpinfoldError
 from spinfold.evaluation import Quality, measure_quality
 from spinfold.evaluation.outliers import OUTLIER_WINDOWS, measure_outliers
+from spinfold.files import write_json, write_whole
 from spinfold.fitting.clipping import CLIP_WINDOWS, search_clips
 from spinfold.fitting.text import Text, texts_of
 from spinfold.forecast import Forecast, Machine, forecast, measure_machine, unmeasured_machine
@@ -45,7 +46,7 @@ from spinfold.recipe import Recipe
 from spinfold.report import write_report
 from spinfold.rotation import Rotated, prove_orthogonal, rotate_network
 from spinfold.rounding import RoundedLinear, round_network
-from spinfold.run import RunFolder, write_json, write_whole
+from spinfold.run import RunFolder
 from spinfold.runtime import Clips, quantize_wires
 from spinfold.subject import EVAL_TOKENS, Subject, prepare
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from spinfold.errors import SpinfoldError
+from spinfold.files import is_leftover
 from spinfold.formats import FLOAT_FORMATS, FloatFormat
 from spinfold.formats.microscaling import ELEMENTS
 from spinfold.methods import METHODS, Method
 from spinfold.networks import ONLINE_SITES, Family, family_of
 from spinfold.recipe import Bits, Override, Recipe
 from spinfold.rounding import choices_of
-from spinfold.run import is_leftover
 
 __all__ = ["ONLINE_SITES", "check_output", "check_seq_len", "find_method", "is_run", "plan_run"]
 

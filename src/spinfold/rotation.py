@@ -33,6 +33,7 @@ from spinfold.evaluation import (
     take_fingerprint,
 )
 from spinfold.fitting.end_to_end import FitLog
+from spinfold.fitting.journal import Journal
 from spinfold.fitting.text import windows
 from spinfold.folding import fold, fold_norms
 from spinfold.maps import SiteMaps, as_held, orthogonality_gap
@@ -69,12 +70,19 @@ def sites_of(recipe: Recipe) -> tuple[str, ...]:
 
 
 def rotate_network(
-    subject: Subject, recipe: Recipe, progress: Progress, *, maps: SiteMaps | None = None, log: FitLog | None = None
+    subject: Subject,
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    maps: SiteMaps | None = None,
+    log: FitLog | None = None,
+    journal: Journal | None = None,
 ) -> Rotated:
     """Fit the recipe's method on a copy of the subject's network, fold, and prove that the function is the same.
 
-    With `maps` (of an earlier fit) nothing is fitted. Raises `CheckFailed` naming the first deviating block, unless the
-    maps themselves are approximate (`SiteMaps.exact`): then the proof says how far.
+    With `maps` (of an earlier fit) nothing is fitted; with a `journal` a fit that was stopped goes on. Raises
+    `CheckFailed` naming the first deviating block, unless the maps themselves are approximate (`SiteMaps.exact`): then
+    the proof says how far.
     """
     start = time.perf_counter()
     network, sites = subject.network.copy(), sites_of(recipe)
@@ -89,7 +97,8 @@ def rotate_network(
             asked = max(asked, len(ids_NT))
             return ids_NT
 
-        maps, log = alike(METHODS[recipe.method].fit(FitTask(network, recipe, sites, draw, progress)))
+        task = FitTask(network, recipe, sites, draw, progress, journal or Journal())
+        maps, log = alike(METHODS[recipe.method].fit(task))
         log = replace(log, samples=log.samples or asked)
         maps.explain().require(f"The method {recipe.method} gave a map that can't be folded.")
     if recipe.online_dtype != "float32":

@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tiny_run
 import torch
+from stopped import Stopped, StopsAt, every_step_kept
 
 import spinfold
 from spinfold import distributed as together
@@ -73,6 +75,7 @@ def compute(folder: Path) -> dict[str, Any]:
             maps = [one.matrix() for _, one in rotated.maps.each()]
             found[name] = {"losses": list(rotated.log.losses), "maps": maps, "clips": dict(rotated.log.clips)}
         found["shared out"] = _shared_out(subject, recipe)
+        found["goes on"] = _goes_on(subject, recipe, folder / f"journal-{launched()[1]}")
         few = subject.windows(32, 1, 0)  # fewer than processes
         found["capture"] = capture(subject.network, few, ["down"], 7, 0)
         for (model, name), changes in ROUNDINGS.items():
@@ -100,6 +103,22 @@ def _shared_out(subject: Subject, recipe: Recipe) -> dict[str, Any]:
         found["parts" if shared_out else "whole"] = list(log.losses)
     assert found["parts"] == found["whole"]
     return {"losses": found["parts"]}
+
+
+def _goes_on(subject: Subject, recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Of a fit that is stopped and goes on, which has the bits of one that is not, the steps that were not made again
+    are one at least.
+    """
+    recipe, whole, rest = recipe.with_(method="kurtail", fit__steps=3), StopsAt(), StopsAt(folder)
+    expected = rotate_network(subject, recipe, Quiet(), journal=whole)
+    with every_step_kept():
+        with suppress(Stopped):
+            rotate_network(subject, recipe, Quiet(), journal=StopsAt(folder, at=whole.seen))
+        found = rotate_network(subject, recipe, Quiet(), journal=rest)
+    assert rest.seen == 1 and found.log == expected.log
+    maps = [[one.matrix() for _, one in rotated.maps.each()] for rotated in (expected, found)]
+    assert all(map(torch.equal, *maps))
+    return {"maps": maps[1]}
 
 
 def _verbs() -> dict[str, Any]:

@@ -50,7 +50,7 @@ def flat(data: Any, name: str = "") -> dict[str, torch.Tensor]:
     return {name: torch.as_tensor(data).double()}
 
 
-NAMES = ["whole run", "verbs", *several_processes.METHODS, "shared out", "capture"]
+NAMES = ["whole run", "verbs", *several_processes.METHODS, "shared out", "goes on", "capture"]
 NAMES += [f"{name} of {model}" for model, name in several_processes.ROUNDINGS]
 
 

@@ -301,7 +301,7 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     run = run_of("W8A8")
-    monkeypatch.setattr("spinfold.run.save_file", full)
+    monkeypatch.setattr("spinfold.files.save_file", full)
     assert main(["export", str(run), "--to", "compressed-tensors", "-o", str(tmp_path / "out"), "--no-check"]) == 2
     assert "no space left" in capsys.readouterr().err
     assert not tree(tmp_path)

@@ -18,7 +18,7 @@ import spinfold
 ROOT = Path(spinfold.__file__).parent
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("allocator", "errors", "progress", "distributed", "cluster", "compute", "kernels", "yaml_file"),
+    ("allocator", "errors", "progress", "distributed", "cluster", "compute", "kernels", "files", "yaml_file"),
     ("formats", "maps", "networks"),
     ("recipe",),
     ("runtime",),

@@ -33,6 +33,7 @@ from spinfold.export.packed import PackedWeight, packed_tensors
 from spinfold.export.quantizer import SpinfoldConfig, digest
 from spinfold.export.targets import BOUNDS
 from spinfold.export.transformers import write
+from spinfold.files import write_json
 from spinfold.folding import fold, fold_norms
 from spinfold.formats import FLOAT_FORMATS, IntFormat, QuantizedWeight, fake_quantize, fit_grid
 from spinfold.maps import Hadamard, SiteMaps, as_held, random_orthogonal
@@ -41,7 +42,6 @@ from spinfold.networks.family import FAMILIES
 from spinfold.networks.sources import resolve
 from spinfold.recipe import Recipe
 from spinfold.rounding import round_network
-from spinfold.run import write_json
 from spinfold.runtime import online
 
 CPU = torch.device("cpu")

@@ -15,7 +15,8 @@ from tiny_run import contents, recipe, tree
 import spinfold
 from spinfold.cli import main
 from spinfold.errors import SpinfoldError
-from spinfold.run import RunFolder, save_tensors, whole_folder, write_json, write_whole
+from spinfold.files import save_tensors, whole_folder, write_json, write_whole
+from spinfold.run import RunFolder
 
 KEY = {"recipe": 1}
 

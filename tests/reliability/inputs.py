@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
 import zoo
 from contracts import tiny_run
@@ -25,6 +26,7 @@ from damage import NAMES, ODD, damaged, json_bytes, twisted
 import spinfold
 from spinfold.export.check import verify_files
 from spinfold.export.contents import Contents
+from spinfold.fitting import journal
 from spinfold.fitting.text import load_text
 from spinfold.grid import Grid
 from spinfold.networks.sources import resolve
@@ -33,6 +35,8 @@ from spinfold.recipe import Recipe
 __all__ = ["KINDS", "Sound"]
 
 Action = Callable[[], object]
+PLACES = [("fit residual rotation", 2), ("evaluate quantized", 0)]
+"""Where a run was stopped in whose state somebody writes."""
 EVIL = "open('pwned', 'w').close()\nclass Config: pass\n"
 
 
@@ -301,23 +305,23 @@ def comparisons(sound: Sound, folder: Path, chance: Random) -> Action:
 def states(sound: Sound, folder: Path, chance: Random) -> Action:
     """A run that was stopped, and in whose state somebody has written before it goes on."""
     run = folder / "run"
-    recipe = tiny_run.recipe(sound.text, rounding__method="rtn", method="quarot")
-    shutil.copytree(_stopped(sound, recipe), run)
+    recipe = tiny_run.recipe(sound.text, rounding__method="rtn", method="kurtail", fit__steps=2)
+    shutil.copytree(_stopped(sound, recipe, chance.choice(PLACES)), run)
     path = chance.choice(sorted(one for one in (run / "state").rglob("*.*") if one.suffix in (".json", ".safetensors")))
     _twist(path, chance) if path.suffix == ".json" else _harm_safetensors(path, chance)
     return lambda: spinfold.quantize(str(sound.folder), run, recipe, device="cpu", resume=True)
 
 
-def _stopped(sound: Sound, recipe: Recipe) -> Path:
-    """A run that was stopped when its first layer was rounded."""
-    path = sound.root / "stopped"
+def _stopped(sound: Sound, recipe: Recipe, place: tuple[str, int]) -> Path:
+    """A run that was stopped at a step of a stage; each step of its fit was kept."""
+    path = sound.root / f"stopped in {place[0]}"
 
     def stop(stage: str, done: int) -> None:
-        if (stage, done) == ("evaluate quantized", 0):
+        if (stage, done) == place:
             raise KeyboardInterrupt
 
     if not path.exists():
-        with suppress(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt), mock.patch.multiple(journal, PATIENCE=0.0, RATIO=0.0):
             spinfold.quantize(str(sound.folder), path, recipe, device="cpu", progress=tiny_run.Hook(stop))
     return path
 

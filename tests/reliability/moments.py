@@ -114,20 +114,23 @@ def _live(argv: Sequence[str], folder: str, at: Moment | int | None, deed: str, 
     import torch
 
     from spinfold.cli import main
+    from spinfold.fitting import journal
 
+    journal.PATIENCE = journal.RATIO = 0.0  # no clock is read: each step of a fit is kept
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
     sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
     seen: list[Moment] = []
-    disk_is_full = False
+    is_done = disk_is_full = False
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal disk_is_full
+        nonlocal is_done, disk_is_full
         moment = _moment(event, arguments, folder)
         if moment is None:
             return
         seen.append(moment)
-        if at in (moment, len(seen)):
+        if at in (moment, len(seen)) and not is_done:
+            is_done = True
             if deed == KILL:
                 if moment[0] == "chmod":  # comes after a write: let the kill have come in the middle of it
                     os.truncate(arguments[0], os.path.getsize(arguments[0]) // 2)

@@ -138,14 +138,27 @@ def test_kills_at_any_count_of_file_operations(given: Given, whole: Whole, tmp_p
         runs += 1
 
 
+def test_a_fit_goes_on_from_its_last_step(given: Given, whole: Whole, tmp_path: Path, full: bool) -> None:
+    """Killed at file operations of its steps, one of which has been kept or not."""
+    every = spinfold(given.quantize(tmp_path / "count"), tmp_path / "count").moments
+    steps = [number for number, (_, path) in enumerate(every, 1) if "fitting-0000" in path]
+    assert len(steps) > 4
+    for number in steps if full else random.Random(6).sample(steps, 2):
+        output = tmp_path / f"run-{number}"
+        assert spinfold(given.quantize(output), output, number, KILL).code == -9
+        finished(given.quantize(output, "--resume"), output)
+        assert contents(output) == whole.files
+
+
 # ---- Ctrl-C --------------------------------------------------------------------------------------------------------
 
 
 def test_ctrl_c_leaves_nothing_or_what_can_be_resumed(given: Given, whole: Whole, tmp_path: Path, full: bool) -> None:
-    kept = whole.moments.index(("look", "state")) + 1  # the fit is in its place, and that is on disk
+    begun = whole.moments.index(("rename", ".state.part")) + 1  # then come the steps of the fit, each of which is kept
+    fitted = whole.moments[whole.moments.index(("look", "state")) + 1 :]  # the fit is in its place, and that is on disk
     early, late = (
-        draw(whole.moments[:kept], 8 if full else 1, seed=2),
-        draw(whole.moments[kept:-1], 12 if full else 2, 3),
+        draw(whole.moments[:begun], 5 if full else 1, seed=2),
+        draw(whole.moments[begun:-1], 15 if full else 2, 3),
     )
     for number, moment in enumerate(early + late):
         output = tmp_path / f"run-{number}"
@@ -157,7 +170,8 @@ def test_ctrl_c_leaves_nothing_or_what_can_be_resumed(given: Given, whole: Whole
             assert (last, output.exists()) == ("Interrupted.", False), moment
         else:
             assert last == f"Interrupted. The finished stages are kept: {RESUME}", moment
-            assert "fit rotations ..." not in finished(given.quantize(output, "--resume"), output).errors
+            resumed = finished(given.quantize(output, "--resume"), output)
+            assert moment not in fitted or "fit rotations ..." not in resumed.errors
             assert contents(output) == whole.files
 
 

@@ -23,12 +23,12 @@ import spinfold
 from spinfold.export import check as checks
 from spinfold.export.targets import Bounds
 from spinfold.export.vllm import installed
+from spinfold.files import write_json
 from spinfold.fitting.end_to_end import FitLog
 from spinfold.maps import BlockDiagonal, SiteMaps, random_orthogonal
 from spinfold.methods import METHODS
 from spinfold.networks.family import FAMILIES, family_of
 from spinfold.recipe import Recipe
-from spinfold.run import write_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not installed(), reason="vLLM is not installed")]
 

@@ -39,8 +39,8 @@ from spinfold.evaluation import Proof
 from spinfold.export.compressed_tensors import has_packed_zeros
 from spinfold.export.contents import Contents
 from spinfold.export.targets import Bounds
+from spinfold.files import read_json
 from spinfold.formats import QuantizedWeight
-from spinfold.run import read_json
 
 __all__ = ["compare", "environment", "hash_files", "logits_in", "logits_of_run", "prove_integers", "verify_files"]
 

@@ -29,9 +29,9 @@ from spinfold.errors import SpinfoldError
 from spinfold.export.contents import Contents
 from spinfold.export.packing import as_codes, as_unsigned, pack_words, unpack
 from spinfold.export.shards import save_shards
+from spinfold.files import read_json, write_json
 from spinfold.formats import IntFormat, QuantizedWeight
 from spinfold.maps.held import repeated_block, stored_matrix
-from spinfold.run import read_json, write_json
 
 __all__ = ["has_packed_zeros", "model_dtype", "read_integers", "write"]
 

@@ -24,12 +24,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from spinfold.checkpoint import load_maps, run_config
 from spinfold.errors import SpinfoldError, reading
+from spinfold.files import read_json
 from spinfold.formats import Format, QuantizedWeight, layout
 from spinfold.maps import SiteMaps
 from spinfold.networks import Family, Linear, Network
 from spinfold.networks.sources import transformers_errors
 from spinfold.recipe import Recipe
-from spinfold.run import read_json
 
 __all__ = ["Contents"]
 

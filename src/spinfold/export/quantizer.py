@@ -25,8 +25,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spinfold.errors import SpinfoldError
+from spinfold.files import read_json
 from spinfold.recipe import SCHEMA_VERSION, Recipe
-from spinfold.run import read_json
 
 __all__ = ["FORMAT_VERSION", "SpinfoldConfig", "SpinfoldQuantizer", "digest"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from spinfold.run import save_tensors, write_json
+from spinfold.files import save_tensors, write_json
 
 __all__ = ["save_shards"]
 

@@ -31,9 +31,9 @@ from spinfold.export.packed import packed_tensors
 from spinfold.export.quantizer import SpinfoldConfig, digest
 from spinfold.export.shards import save_shards
 from spinfold.export.wires import describe_wires
+from spinfold.files import write_json
 from spinfold.folding import place_online
 from spinfold.report.tables import comparison_table, human_bytes
-from spinfold.run import write_json
 from spinfold.runtime import quantize_wires
 
 __all__ = ["write"]

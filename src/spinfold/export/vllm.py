@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spinfold.errors import SpinfoldError
-from spinfold.run import read_json
+from spinfold.files import read_json
 
 __all__ = ["installed", "logits"]
 

@@ -135,6 +135,15 @@ class LearnedClips:
         self.leaves = {name: torch.tensor(float(c), device=device).requires_grad_() for name, c in start.items()}
         self.params, self.learning_rate = list(self.leaves.values()), learning_rate
         self.adam = torch.optim.Adam(self.params, learning_rate, betas=(0.9, 0.95), foreach=True)
+        for leaf in self.params:  # else it would make them in its first step
+            moments = {name: torch.zeros_like(leaf, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+            self.adam.state[leaf] = {"step": torch.tensor(0.0), **moments}
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """All that a step reads and moves in place."""
+        moments = {f"{name}.{key}": x for name, leaf in self.leaves.items() for key, x in self.adam.state[leaf].items()}
+        return self.leaves | moments
 
     def step(self, lr_scale: float) -> None:
         """Move all ratios in place by a share of the learning rate."""

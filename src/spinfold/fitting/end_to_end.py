@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spinfold.compute import precision, products
 from spinfold.distributed import add_up, share, world
+from spinfold.fitting.journal import Journal
 from spinfold.networks import Network
 from spinfold.progress import Progress, Quiet
 
@@ -34,6 +35,10 @@ class Optimizer(Protocol):
     @property
     def params(self) -> Sequence[Tensor]:
         """What is moved."""
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """All that a step reads and moves in place, `params` included."""
 
     def step(self, lr_scale: float) -> None:
         """Move the parameters in place by a share of the learning rate."""
@@ -91,6 +96,7 @@ def fit_end_to_end(
     schedule: Schedule,
     mode: str,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> FitLog:
     """Let `optimizers` lower `loss(*batch)`, a mean over windows, computed in the precision `mode`.
 
@@ -102,10 +108,12 @@ def fit_end_to_end(
     per_pass = max(1, min(schedule.batch, schedule.tokens_per_pass // ids_NT.shape[1]))
     before, network.checkpointing = network.checkpointing, schedule.checkpointing or not network.resident
     one_pass = _Pass(network.device, loss, mode, graph=not network.checkpointing)
-    losses: list[float] = []
+    loss_S = torch.zeros(schedule.steps, dtype=torch.float64)
+    moved = {f"{i}.{name}": tensor for i, one in enumerate(optimizers) for name, tensor in one.state.items()}
+    moved["loss"], journal = loss_S, journal or Journal()
     try:
         with (progress or Quiet()).stage("fit rotations", total=schedule.steps) as bar:
-            for step in range(schedule.steps):
+            for step in journal.steps(schedule.steps, moved, bar=bar):
                 index_B = torch.arange(step * schedule.batch, (step + 1) * schedule.batch) % len(ids_NT)
                 own_B, total = index_B[share(schedule.batch)], 0.0
                 parts = [(part, len(part) / schedule.batch) for part in own_B.split(per_pass) if len(part)]
@@ -119,11 +127,11 @@ def fit_end_to_end(
                 for optimizer in optimizers:
                     optimizer.step(schedule.rate_at(step))
                     optimizer.zero_grad()
-                losses.append(total)
+                loss_S[step] = total
                 bar.advance(note=f"loss {total:.3f}")
     finally:
         network.checkpointing = before
-    return FitLog(tuple(losses), schedule.steps * schedule.batch)
+    return FitLog(tuple(loss_S.tolist()), schedule.steps * schedule.batch)
 
 
 def _over_processes(optimizers: Sequence[Optimizer], total: float) -> float:

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from spinfold.compute import pick_precision, precision
-from spinfold.distributed import everyones, share, spread, total
+from spinfold.distributed import everyones, share, spread, total, world
 from spinfold.errors import SpinfoldError
 from spinfold.fitting.capture import Captured, pooled, stacked
 from spinfold.fitting.end_to_end import FitLog, Optimizer, Schedule
+from spinfold.fitting.journal import Journal
 from spinfold.fitting.row_objectives import RowObjective, in_blocks
 from spinfold.maps import CayleySGD, Map, Orthogonal, RiemannianAdam, SiteMaps, project, qr_orthogonal
 from spinfold.progress import Progress, Quiet
@@ -119,6 +120,7 @@ def fit_layerwise(
     *,
     seed: int,
     progress: Progress | None = None,
+    journal: Journal | None = None,
     label: str = "fit rotations",
 ) -> tuple[Tensor, tuple[float, ...]]:
     """The rotation(s) that `term` leads to from `start_NN`, orthogonal in fp64, and the objective at every step.
@@ -130,18 +132,19 @@ def fit_layerwise(
     free_NN = start_NN.detach().float().clone().requires_grad_()  # R itself, or Z with R = Q(Z)
     rotation = qr_orthogonal if settings.optimiser == "qr" else torch.clone
     optimizer = _optimizer(free_NN, settings)
-    losses: list[Tensor] = []
+    loss_S = torch.zeros(settings.steps, device=device)
+    moved, journal = {"loss": loss_S, **optimizer.state}, journal or Journal()
     with (progress or Quiet()).stage(label, total=settings.steps) as bar:
-        for step in range(settings.steps):
+        for step in journal.steps(settings.steps, moved, draws, bar):
             with precision(mode, device):
                 loss = term(rotation(free_NN), draws)
                 loss.backward()
             optimizer.step(settings.rate_at(step))
             optimizer.zero_grad()
-            losses.append(loss.detach())
+            loss_S[step] = loss.detach()
             shown = step % 25 == 0  # reading a number waits for the GPU
-            bar.advance(note=f"objective {float(losses[-1]):.4g}" if shown else "")
-    return project(rotation(free_NN.detach().double())), tuple(torch.stack(losses).tolist() if losses else ())
+            bar.advance(note=f"objective {float(loss_S[step]):.4g}" if shown else "")
+    return project(rotation(free_NN.detach().double())), tuple(loss_S.tolist())
 
 
 def fit_to_rows(
@@ -153,14 +156,20 @@ def fit_to_rows(
     *,
     seed: int,
     progress: Progress | None = None,
+    journal: Journal | None = None,
     label: str = "fit rotations",
 ) -> tuple[Tensor, tuple[float, ...]]:
-    """`fit_layerwise` on `rows_term`; of a stack `(L, N, N)` each process fits its share."""
+    """`fit_layerwise` on `rows_term`; of a stack `(L, N, N)` each process fits its share, which is not kept."""
     own = share(len(start_NN)) if start_NN.ndim == 3 else slice(None)
+    if journal and world() > 1 and start_NN.ndim == 3:
+        journal.skip()
+        journal = None
     fitted: tuple[Tensor, tuple[float, ...]] = start_NN[:0].double(), ()
     if len(start_NN[own]):
         term = rows_term(x_SN[own], objective, rows)
-        fitted = fit_layerwise(start_NN[own], term, settings, seed=seed, progress=progress, label=label)
+        fitted = fit_layerwise(
+            start_NN[own], term, settings, seed=seed, progress=progress, journal=journal, label=label
+        )
     if start_NN.ndim == 2:
         return fitted
     stacks, losses = zip(*everyones(fitted), strict=True)
@@ -176,18 +185,20 @@ def _optimizer(free_NN: Tensor, settings: LayerwiseSettings) -> Optimizer:
 
 
 class _MomentumSGD:
-    """z ← z - lr v, v ← 0.9 v + gradient, with the optimisers' interface of `maps/manifold.py`."""
+    """v ← 0.9 v + gradient, z ← z - lr v, with the optimisers' interface of `maps/manifold.py`."""
 
     def __init__(self, z_NN: Tensor, lr: float) -> None:
         self.params, self.lr = [z_NN], lr
-        self.sgd = torch.optim.SGD(self.params, lr, momentum=0.9)
+        self.state = {"param": z_NN, "momentum": torch.zeros_like(z_NN, requires_grad=False)}
 
+    @torch.no_grad()
     def step(self, lr_scale: float) -> None:
-        self.sgd.param_groups[0]["lr"] = self.lr * lr_scale
-        self.sgd.step()
+        z_NN, v_NN = self.state.values()
+        assert z_NN.grad is not None
+        z_NN.sub_(v_NN.mul_(0.9).add_(z_NN.grad), alpha=self.lr * lr_scale)
 
     def zero_grad(self) -> None:
-        self.sgd.zero_grad()
+        self.params[0].grad = None
 
 
 def fit_to_activations(
@@ -199,6 +210,7 @@ def fit_to_activations(
     *,
     seed: int,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> tuple[SiteMaps, FitLog]:
     """`start` with its residual and value maps fitted to what was captured on their wires (`WIRES_OF`).
 
@@ -217,6 +229,7 @@ def fit_to_activations(
             settings["value"],
             seed=seed,
             progress=progress,
+            journal=journal,
             label="fit value rotations",
         )
         maps = replace(maps, value=tuple(Orthogonal(R_HH) for R_HH in R_LHH))
@@ -231,6 +244,7 @@ def fit_to_activations(
             settings["residual"],
             seed=seed,
             progress=progress,
+            journal=journal,
             label="fit residual rotation",
         )
         maps = replace(maps, residual=Orthogonal(R_DD))
@@ -246,6 +260,7 @@ def alternate_procrustes(
     steps: int,
     *,
     progress: Progress | None = None,
+    journal: Journal | None = None,
     label: str = "fit residual rotation",
 ) -> tuple[Tensor, tuple[float, ...]]:
     """min over R of ‖x R - Q(x R)‖², by turns: B = Q(x R), then the R that brings x nearest to B. Both closed form.
@@ -255,11 +270,12 @@ def alternate_procrustes(
     not the nearest point of a fixed set: the best R of all turns is returned, in fp64, with the mean squared error at
     every turn.
     """
-    R_NN = best_NN = project(start_NN.double())
-    errors: list[float] = []
+    R_NN = project(start_NN.double())
+    best_NN, error_S = R_NN.clone(), torch.full((steps + 1,), torch.inf, dtype=torch.float64)
+    moved, journal = {"rotation": R_NN, "best": best_NN, "error": error_S}, journal or Journal()
     parts = x_SN.split(max(1, _NUMBERS // x_SN.shape[1]))  # what a turn makes of all rows takes many times their memory
     with (progress or Quiet()).stage(label, total=steps) as bar:
-        for turn in range(steps + 1):
+        for turn in journal.steps(steps + 1, moved, bar=bar):
             error = torch.zeros((), dtype=torch.float64, device=x_SN.device)
             product_NN = torch.zeros_like(R_NN, dtype=torch.float32)
             for part_PN in parts:
@@ -267,13 +283,13 @@ def alternate_procrustes(
                 target_PN = quantize(y_PN)
                 error += (y_PN - target_PN).square().sum()
                 product_NN += y_PN.mT @ target_PN
-            errors.append(float(error) / x_SN.numel())
-            if errors[-1] == min(errors):
-                best_NN = R_NN
+            error_S[turn] = float(error) / x_SN.numel()
+            if error_S[turn] == error_S.min():
+                best_NN.copy_(R_NN)
             if turn < steps:
-                R_NN = R_NN @ project(product_NN.double())  # a product of two orthogonal ones stays one
-                bar.advance(note=f"error {errors[-1]:.4g}")
-    return best_NN, tuple(errors)
+                R_NN.copy_(R_NN @ project(product_NN.double()))  # a product of two orthogonal ones stays one
+                bar.advance(note=f"error {float(error_S[turn]):.4g}")
+    return best_NN, tuple(error_S.tolist())
 
 
 def dense(one: Map, device: torch.device) -> Tensor:

@@ -196,6 +196,11 @@ class _OrthogonalOptimiser(ABC):
         self.lr = lr
         self.clip_grad_norm = clip_grad_norm
 
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """All that a step reads and moves in place."""
+        return {f"param{i}": R_NN for i, R_NN in enumerate(self.params)}
+
     @torch.no_grad()
     def step(self, lr_scale: float = 1.0) -> None:
         """Move every parameter, in place, by the learning rate `lr * lr_scale`; one without a gradient stays."""
@@ -260,16 +265,21 @@ class RiemannianAdam(_OrthogonalOptimiser):
         self.betas, self.eps = betas, eps
         self.first = [torch.zeros_like(torch.stack(stack), requires_grad=False) for stack in self.stacks]
         self.second = [first_SNN.new_zeros((*first_SNN.shape[:-2], 1, 1)) for first_SNN in self.first]
-        self.num_steps = [0] * len(self.stacks)
+        self.num_steps = [torch.tensor(0) for _ in self.stacks]
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        moments = {"first": self.first, "second": self.second, "num_steps": self.num_steps}
+        return super().state | {f"{name}{i}": one for name, some in moments.items() for i, one in enumerate(some)}
 
     def _move(self, index: int, R_SNN: Tensor, G_SNN: Tensor, lr: float) -> Tensor:
         beta1, beta2 = self.betas
-        self.num_steps[index] += 1
+        num_steps = int(self.num_steps[index].add_(1))
         A_SNN = skew_gradient(R_SNN, G_SNN)
         length = A_SNN.square().sum(dim=(-2, -1), keepdim=True) / A_SNN.shape[-1]
         first_SNN, second = self.first[index].lerp_(A_SNN, 1 - beta1), self.second[index].lerp_(length, 1 - beta2)
-        mean_SNN = first_SNN / (1 - beta1 ** self.num_steps[index])
-        scale = (second / (1 - beta2 ** self.num_steps[index])).sqrt() + self.eps
+        mean_SNN = first_SNN / (1 - beta1**num_steps)
+        scale = (second / (1 - beta2**num_steps)).sqrt() + self.eps
         # Adam's mean is at most about its scale, ‖A‖_F ≤ √N; a skew matrix has each singular value twice.
         return _turned(R_SNN, -lr * mean_SNN / scale, bound=lr * (A_SNN.shape[-1] / 2) ** 0.5)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spinfold.errors import Verdict
 from spinfold.fitting.end_to_end import FitLog
+from spinfold.fitting.journal import Journal
 from spinfold.maps import SiteMaps
 from spinfold.networks import Network
 from spinfold.progress import Progress, Quiet
@@ -25,7 +26,8 @@ class FitTask:
     """All that a method may look at: a network whose norms are folded, the recipe, the sites, and calibration.
 
     `windows(seq_len, count)` gives up to `count` windows `(N, seq_len)` of the calibration text, the same for the
-    same arguments. The network must come back as it was given.
+    same arguments. The network must come back as it was given. The loops of a fit are those of `journal`, so that a fit
+    that was stopped goes on.
     """
 
     network: Network
@@ -33,6 +35,7 @@ class FitTask:
     sites: tuple[str, ...]
     windows: Callable[[int, int], Tensor]
     progress: Progress = field(default_factory=Quiet)
+    journal: Journal = field(default_factory=Journal)
 
 
 @dataclass(frozen=True, kw_only=True)

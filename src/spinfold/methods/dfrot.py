@@ -56,6 +56,7 @@ def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
         lambda y: fake_quantize(y, format),
         _TURNS if recipe.fit.steps is None else recipe.fit.steps,
         progress=task.progress,
+        journal=task.journal,
     )
     return replace(maps, residual=Orthogonal(R_DD)), FitLog(errors)
 

@@ -57,6 +57,7 @@ def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
         recipe.fit.batch or _ROWS,
         seed=recipe.seed,
         progress=task.progress,
+        journal=task.journal,
     )
 
 

@@ -171,6 +171,7 @@ def fit_to_weights(
             settings(_RESIDUAL),
             seed=recipe.seed,
             progress=task.progress,
+            journal=task.journal,
             label="fit residual rotation",
         )
         maps, log = replace(maps, residual=Orthogonal(R_DD)), FitLog(losses)
@@ -183,6 +184,7 @@ def fit_to_weights(
             settings(_VALUE),
             seed=recipe.seed,
             progress=task.progress,
+            journal=task.journal,
             label="fit value rotations",
         )
         maps = replace(maps, value=tuple(Orthogonal(B_HH) for B_HH in B_LHH))

@@ -186,7 +186,17 @@ def _rotate(
 ) -> tuple[torch.Tensor, tuple[float, ...]]:
     objective, count = partial(rounding_error, format=quantizer), min(rows_per_step, rows.shape[-2])
     seed = task.recipe.seed
-    return fit_to_rows(first, rows, objective, count, settings, seed=seed, progress=task.progress, label=label)
+    return fit_to_rows(
+        first,
+        rows,
+        objective,
+        count,
+        settings,
+        seed=seed,
+        progress=task.progress,
+        journal=task.journal,
+        label=label,
+    )
 
 
 SPINFOLD = Method(

@@ -36,6 +36,7 @@ from spinfold.fitting.capture import watch
 from spinfold.fitting.clipping import CLIP_WINDOWS, search_clips
 from spinfold.fitting.end_to_end import FitLog
 from spinfold.fitting.injection import OUTLIER_WIRES, Injection, inject
+from spinfold.fitting.journal import Journal
 from spinfold.fitting.objectives import next_token_loss
 from spinfold.fitting.row_objectives import kurtosis
 from spinfold.maps import SiteMaps
@@ -101,8 +102,9 @@ class Trials:
     def __init__(self, task: FitTask, start: SiteMaps, injection: Injection, bar: Bar) -> None:
         fit, recipe = task.recipe.fit, task.recipe
         steps, batch = fit.steps or 0, fit.batch or _BATCH
-        self.task = replace(task, recipe=recipe.with_(fit__steps=min(steps, _TRIAL_STEPS)), progress=Quiet())
-        self.start, self.injection, self.bar = start, injection, bar
+        short = recipe.with_(fit__steps=min(steps, _TRIAL_STEPS))
+        self.task = replace(task, recipe=short, progress=Quiet(), journal=Journal())  # a trial is kept as a whole
+        self.start, self.injection, self.bar, self.journal = start, injection, bar, task.journal
         # beyond those of the fit, unless the text is too short for both
         self.held_WT = task.windows(_seq_len(task), steps * batch + _SCORE_WINDOWS)[-_SCORE_WINDOWS:]
         self.unfitted, _ = learnable(start, task.network.device)
@@ -133,9 +135,12 @@ class Trials:
 
     def loss_after_fit(self, layers: Layers) -> float:
         """The validation loss, without injection, after a short fit with injection into `layers`."""
-        maps, log = fit_with_outliers(self.task, self.start, self.injection, layers)
-        self.samples += log.samples
-        loss = self._loss(maps, self.held_WT[:_VALIDATION_WINDOWS], clips=log.clips)
+        found = {"loss": torch.zeros((), dtype=torch.float64), "samples": torch.zeros((), dtype=torch.int64)}
+        for _ in self.journal.steps(1, found):
+            maps, log = fit_with_outliers(self.task, self.start, self.injection, layers)
+            found["loss"].fill_(self._loss(maps, self.held_WT[:_VALIDATION_WINDOWS], clips=log.clips))
+            found["samples"].fill_(self.samples + log.samples)
+        loss, self.samples = float(found["loss"]), int(found["samples"])
         self.bar.advance(note=f"{len(layers)} layers: loss {loss:.3f}")
         return loss
 

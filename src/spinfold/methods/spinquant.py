@@ -136,7 +136,7 @@ def fit_on_loss(
     if weights is not None:
         take_off.append(round_weights_through(network, weights, maps))
     try:
-        log = fit_end_to_end(network, objective, data, optimizers, schedule, mode, task.progress)
+        log = fit_end_to_end(network, objective, data, optimizers, schedule, mode, task.progress, task.journal)
         return replace(log, clips=learned_clips.settled()) if learned_clips else log
     finally:
         for undo in take_off:
