@@ -86,6 +86,14 @@ class Row:
 _CT, _TRANSFORMERS = "compressed-tensors", "Transformers 5.23, compressed-tensors 0.20"
 _VLLM_CPU, _VLLM_GPU = "vLLM 0.32 (CPU)", "vLLM 0.32 (GPU)"
 _TESTED = "run: tests/contracts/test_export.py"
+_sglang = partial(
+    Row,
+    target=_CT,
+    runtime="SGLang 0.5.23 (GPU)",
+    groups=(None, 32, 64, 128),
+    families=("llama", "qwen2", "qwen3", "phi3", "granite", "gemma2", "olmo2"),
+    established="read in the source; nothing was run",
+)
 _gguf = partial(
     Row,
     target="gguf",
@@ -188,6 +196,17 @@ TARGETS: Final[tuple[Row, ...]] = (
         online=("down",),
         parallel="no tensor parallelism",
         established="the file run in vLLM's CPU build, the map's missing kernel replaced; the GPU kernels read",
+    ),
+    _sglang(format="pack-quantized", weights=(4, 8), symmetric=(True,), multiple=128),
+    _sglang(format="pack-quantized", weights=(4,), symmetric=(False,), multiple=128),
+    _sglang(
+        format="int-quantized",
+        weights=(8,),
+        symmetric=(True,),
+        groups=(None,),
+        activations=(8,),
+        activation_symmetric=(True,),
+        multiple=16,
     ),
     _gguf(format="F16", weights=(16,)),
     _gguf(format="Q8_0", weights=(5, 6, 7, 8), symmetric=(True,)),
