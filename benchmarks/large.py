@@ -238,13 +238,15 @@ def step_flops(shape: Mapping[str, int], tokens: int) -> float:
 # ---- parts -------------------------------------------------------------------------------------------------------
 
 
-def fit(sizes: Sizes, steps: int = 8, *, bases: bool = False) -> dict[str, Any]:
-    """Steps of an end-to-end fit at 8B; with a basis per boundary, and what it then takes to join them."""
-    method, shape = "respinquant" if bases else "spinquant", sizes.shape(EIGHT)
+def fit(
+    sizes: Sizes, steps: int = 8, *, bases: bool = False, shape: Mapping[str, int] = EIGHT, batch: int = 8
+) -> dict[str, Any]:
+    """Steps of an end-to-end fit, 8B if nothing is said; with a basis per boundary, and what it takes to join them."""
+    method, shape = "respinquant" if bases else "spinquant", sizes.shape(shape)
     network = random_network(shape)
     fold_norms(network)
     recipe = Recipe.load("spinfold").with_(method=method, bits="W16A4KV4", activations={"clip": 1.0}, kv={"clip": 1.0})
-    recipe = recipe.with_(fit__steps=steps, calibration__seq_len=sizes.seq_len)
+    recipe = recipe.with_(fit__steps=steps, fit__batch=batch, calibration__seq_len=sizes.seq_len)
     clock, start = Clock("fit rotations", at=steps - 1), now()
     reset_peak()
     task = task_of(network, recipe, clock)
@@ -258,9 +260,9 @@ def fit(sizes: Sizes, steps: int = 8, *, bases: bool = False) -> dict[str, Any]:
     first, second = (R_DD.detach().double() for R_DD in (learned[0], learned[1 if bases else 0]))
     settle = timed(lambda: project(first)) * (2 * len(network.layers) if bases else 1)
     join = timed(lambda: low_rank_rotation(first.T @ second, 32)) * (2 * len(network.layers) - 1) if bases else 0.0
-    flops = step_flops(shape, 8 * sizes.seq_len)
+    flops = step_flops(shape, batch * sizes.seq_len)
     return {
-        "what": f"{method}, 8 × {sizes.seq_len} tokens a step, {steps} steps measured",
+        "what": f"{method}, {batch} × {sizes.seq_len} tokens a step, {steps} steps measured",
         "seconds_per_step": seconds,
         "minutes_per_100_steps": seconds * 100 / 60,
         "tflops": flops / seconds / 1e12,
@@ -274,9 +276,9 @@ def fit(sizes: Sizes, steps: int = 8, *, bases: bool = False) -> dict[str, Any]:
     }
 
 
-def layerwise(sizes: Sizes, name: str, **changes: Any) -> dict[str, Any]:
-    """A whole fit without back-propagation at 8B."""
-    network = random_network(sizes.shape(EIGHT))
+def layerwise(sizes: Sizes, name: str, shape: Mapping[str, int] = EIGHT, **changes: Any) -> dict[str, Any]:
+    """A whole fit without back-propagation, at 8B unless told so."""
+    network = random_network(sizes.shape(shape))
     fold_norms(network)
     recipe = Recipe.load(name).with_(**changes)
     if sizes.tiny:
@@ -338,21 +340,21 @@ def stream70b(sizes: Sizes, layers: int = 3) -> dict[str, Any]:
         return rounded(network, sizes, 80) | {"gb_of_files": written / 1e9}
 
 
-def rounded(network: Network, sizes: Sizes, all_layers: int) -> dict[str, Any]:
+def rounded(network: Network, sizes: Sizes, all_layers: int, samples: int = 128) -> dict[str, Any]:
     """Round a rotated network's layers."""
-    recipe = Recipe(method="quarot", calibration={"samples": 128, "seq_len": sizes.seq_len})
+    recipe = Recipe(method="quarot", calibration={"samples": samples, "seq_len": sizes.seq_len})
     task = task_of(network, recipe, Quiet())
     reset_peak()
     start = now()
     fold_norms(network)
     fold(network, hadamard_maps(task))
     clock = Clock("round weights (gptq)", at=2)
-    for _ in round_network(network, recipe, task.windows(sizes.seq_len, 128), progress=clock):
+    for _ in round_network(network, recipe, task.windows(sizes.seq_len, samples), progress=clock):
         pass
     ticks = clock.ticks["round weights (gptq)"]
     seconds = per_step(ticks, skip=1)
     return {
-        "what": f"GPTQ of {len(network.layers)} layers measured, 128 × {sizes.seq_len} tokens",
+        "what": f"GPTQ of {len(network.layers)} layers measured, {samples} × {sizes.seq_len} tokens",
         "seconds_per_layer": seconds,
         "gaps": gaps(ticks),
         "kernels": clock.kernels,

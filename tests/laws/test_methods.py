@@ -154,9 +154,9 @@ def test_optrot_terms_are_the_cost_of_the_folded_weights(family: str) -> None:
         return sum(float(fourth_power(x.weight_OI).sum()) for x in twin.linears if x.role in roles.split())
 
     R_DD = residual.residual.matrix().float()  # type: ignore[union-attr]
-    whole = float(residual_term(network, cost, len(layers))(R_DD, draws))
+    whole = float(residual_term(network, cost, len(layers), torch.full((len(layers),), -1))(R_DD, draws))
     assert whole == pytest.approx(folded(residual, "q k v o gate up down"), rel=1e-5)
-    one_by_one = residual_term(network, cost, 1)
+    one_by_one = residual_term(network, cost, 1, torch.full((len(layers),), -1))
     assert sum(float(one_by_one(R_DD, draws)) for _ in layers) / len(layers) == pytest.approx(whole, rel=1e-5)
     B_LHH = torch.stack([one.matrix().float() for one in value.value])  # type: ignore[union-attr]
     assert float(value_term(network, cost)(B_LHH, draws)) == pytest.approx(folded(value, "v o"), rel=1e-5)

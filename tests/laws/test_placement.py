@@ -205,7 +205,9 @@ def test_optrot_on_large_layers_has_the_same_objective(monkeypatch: pytest.Monke
     for large in (optrot._LARGE, 0):
         monkeypatch.setattr(optrot, "_LARGE", large)
         R_DD = random_orthogonal(network.hidden_size, 0, torch.float32).R_NN.requires_grad_()
-        term = optrot.residual_term(network, optrot.total_of(lambda y: y.square().square().sum(-1)), 2)
+        term = optrot.residual_term(
+            network, optrot.total_of(lambda y: y.square().square().sum(-1)), 2, torch.full((len(network.layers),), -1)
+        )
         value = term(R_DD, torch.Generator().manual_seed(0))
         found.append((value.detach(), torch.autograd.grad(value, R_DD)[0]))
     torch.testing.assert_close(*found)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal, TypeVar
 
 import torch
@@ -121,11 +122,13 @@ def fit_layerwise(
     seed: int,
     progress: Progress | None = None,
     journal: Journal | None = None,
+    moved: Mapping[str, Tensor] = MappingProxyType({}),
     label: str = "fit rotations",
 ) -> tuple[Tensor, tuple[float, ...]]:
     """The rotation(s) that `term` leads to from `start_NN`, orthogonal in fp64, and the objective at every step.
 
-    Repeatable: the same arguments give the same bits on the same device. `start_NN` is not changed.
+    Repeatable: the same arguments give the same bits on the same device. `start_NN` is not changed. `moved` is what the
+    term itself moves in place from step to step.
     """
     device, draws = start_NN.device, torch.Generator().manual_seed(seed)
     mode = pick_precision(settings.compute, device)
@@ -133,7 +136,7 @@ def fit_layerwise(
     rotation = qr_orthogonal if settings.optimiser == "qr" else torch.clone
     optimizer = _optimizer(free_NN, settings)
     loss_S = torch.zeros(settings.steps, device=device)
-    moved, journal = {"loss": loss_S, **optimizer.state}, journal or Journal()
+    moved, journal = {"loss": loss_S, **optimizer.state, **moved}, journal or Journal()
     with (progress or Quiet()).stage(label, total=settings.steps) as bar:
         for step in journal.steps(settings.steps, moved, draws, bar):
             with precision(mode, device):

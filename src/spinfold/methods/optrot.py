@@ -62,13 +62,17 @@ def total_of(objective: RowObjective) -> Cost:
     return cost
 
 
-def residual_term(network: Network, cost: Cost, layers_per_step: int, dtype: torch.dtype = torch.float32) -> Term:
+def residual_term(
+    network: Network, cost: Cost, layers_per_step: int, waiting_L: Tensor, dtype: torch.dtype = torch.float32
+) -> Term:
     """The cost of `network` rotated by R, estimated without bias from a few layers a step, all of them in turn.
+
+    `waiting_L`, int64, are the layers that wait for their turn, from the last one on, and -1 for all others.
 
     Every other map is folded into `network`: what is left is W R for readers of the stream, Rᵀ W for its writers. The
     products have their weights in `dtype`: held so, and the network let go, unless a step's are large.
     """
-    waiting, num_layers = list[int](), len(network.layers)
+    num_layers = len(network.layers)
     drawn = min(layers_per_step, num_layers)
     large = drawn * max(sum(x.weight_OI.numel() for x in layer.foldable) for layer in network.layers) > _LARGE
     weights_of = _weights_of(network, dtype, hold=not large)
@@ -82,9 +86,11 @@ def residual_term(network: Network, cost: Cost, layers_per_step: int, dtype: tor
     def term(R_DD: Tensor, draws: torch.Generator) -> Tensor:
         picked: list[int] = []
         for _ in range(drawn):
-            if not waiting:
-                waiting.extend(torch.randperm(num_layers, generator=draws).tolist())
-            picked.append(waiting.pop())
+            if bool((waiting_L < 0).all()):
+                waiting_L.copy_(torch.randperm(num_layers, generator=draws))
+            last = waiting_L.ge(0).nonzero()[-1]
+            picked.append(int(waiting_L[last]))
+            waiting_L[last] = -1
         R_DD = spread(R_DD)
         own: dict[str, list[int]] = {}
         for layer in picked[share(drawn)]:
@@ -163,7 +169,8 @@ def fit_to_weights(
         others = _folded(task.network, replace(maps, residual=None, query_key=None))
         if not others.resident:  # every step needs some of it: all stays, in 16 bits, which is more than a fit needs
             others = others.held(torch.bfloat16)
-        term = residual_term(others, residual_cost(maps), fit.batch or _LAYERS, dtype)
+        waiting_L = torch.full((len(others.layers),), -1)
+        term = residual_term(others, residual_cost(maps), fit.batch or _LAYERS, waiting_L, dtype)
         del others
         R_DD, losses = fit_layerwise(
             dense(maps.residual, device),
@@ -172,6 +179,7 @@ def fit_to_weights(
             seed=recipe.seed,
             progress=task.progress,
             journal=task.journal,
+            moved={"waiting": waiting_L},
             label="fit residual rotation",
         )
         maps, log = replace(maps, residual=Orthogonal(R_DD)), FitLog(losses)
