@@ -108,7 +108,7 @@ class Seconds:
         n, fit = self.sizes, self.recipe.fit
         steps = 300 if fit.steps is None else fit.steps
         if not METHODS[self.recipe.method].needs_data:
-            return steps * (6.0 * 3 * n.linears / n.layers * n.width / self.machine.products_fp32)
+            return steps * (6.0 * 3 * n.linears / n.layers * n.width / self.machine.products)
         rows, rate, heads = fit.batch or 4096, self.machine.products_fp32, 0.0
         if self.recipe.method == "spinfold":  # its `fit` is of the end-to-end part
             tokens = fit.tokens or TOKENS

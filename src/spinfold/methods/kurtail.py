@@ -21,10 +21,10 @@ from spinfold.maps import SiteMaps
 from spinfold.methods.base import FitTask, Method
 from spinfold.methods.quarot import hadamard_maps
 
-__all__ = ["KURTAIL", "captured_for"]
+__all__ = ["KURTAIL", "TOKENS", "captured_for"]
 
 _DEFAULT = LayerwiseSettings(steps=300, learning_rate=0.03)
-_TOKENS, _ROWS = 2048, 4096
+TOKENS, _ROWS = 2048, 4096
 
 
 def captured_for(task: FitTask, tokens: int) -> Captured:
@@ -51,7 +51,7 @@ def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
     settings = LayerwiseSettings.of(recipe.fit, _DEFAULT, recipe.compute)
     return fit_to_activations(
         hadamard_maps(task, random_value=True),
-        captured_for(task, _TOKENS),
+        captured_for(task, TOKENS),
         {"residual": objective, "value": objective},
         {"residual": settings, "value": replace(settings, steps=min(settings.steps, 100))},
         recipe.fit.batch or _ROWS,
