@@ -23,6 +23,7 @@ from typing import Any
 RUNS = {
     "quarot, rtn": ["--method", "quarot", "--rounding", "rtn"],
     "kurtail, rtn": ["--method", "kurtail", "--rounding", "rtn"],
+    "optrot, rtn": ["--method", "optrot", "--rounding", "rtn"],
     "quarot, gptq": ["--method", "quarot", "--rounding", "gptq"],
     "spinquant, gptq": ["--method", "spinquant", "--rounding", "gptq"],
     "spinfold, gptq": ["--method", "spinfold", "--rounding", "gptq"],

@@ -104,11 +104,13 @@ class Seconds:
         return network + 60.0 * n.width**3 / self.machine.products_fp32
 
     def _layer_by_layer(self) -> float:
-        """Products with the rotation, and the objective; spinfold turns more rows, in 16 bits, and heads as well."""
+        """Products with the rotation, and the objective: of three layers a step in a fit to weights; spinfold turns more
+        rows, in 16 bits, and heads as well."""
         n, fit = self.sizes, self.recipe.fit
         steps = 300 if fit.steps is None else fit.steps
         if not METHODS[self.recipe.method].needs_data:
-            return steps * (6.0 * 3 * n.linears / n.layers * n.width / self.machine.products)
+            numbers = 3.0 * n.linears / n.layers
+            return steps * (8.0 * numbers * n.width / self.machine.products + self.passes(80.0 * numbers))
         rows, rate, heads = fit.batch or 4096, self.machine.products_fp32, 0.0
         if self.recipe.method == "spinfold":  # its `fit` is of the end-to-end part
             tokens = fit.tokens or TOKENS
