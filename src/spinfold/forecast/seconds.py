@@ -104,8 +104,8 @@ class Seconds:
         return network + 60.0 * n.width**3 / self.machine.products_fp32
 
     def _layer_by_layer(self) -> float:
-        """Products with the rotation, and the objective: of three layers a step in a fit to weights; spinfold turns more
-        rows, in 16 bits, and heads as well."""
+        """Products with the rotation, and the objective: of three layers a step in a fit to weights; spinfold turns
+        more rows, in 16 bits, and heads as well."""
         n, fit = self.sizes, self.recipe.fit
         steps = 300 if fit.steps is None else fit.steps
         if not METHODS[self.recipe.method].needs_data:
