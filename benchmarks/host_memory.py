@@ -57,8 +57,8 @@ def main() -> int:
 
 
 def watched(process: subprocess.Popen[bytes]) -> dict[str, float]:
-    """The most that a process has had until it ended: memory of its own, and pages of files, which the system takes back
-    when it needs them.
+    """The most that a process has had until it ended, in GB: memory of its own, and pages of files, which the system
+    takes back when it needs them.
     """
     most = {"RssAnon": 0.0, "RssFile": 0.0}
     while process.poll() is None:
