@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from spinfold.allocator import return_freed_memory
 from spinfold.networks.family import INPUT_WIRE, Family, Part
 from spinfold.networks.placement import Away
 from spinfold.networks.rope import Rope
@@ -158,6 +159,7 @@ class Layer:
             away.users -= 1
             if not away.users:
                 away.forget(self.module)
+                return_freed_memory()  # else what lies between it piles up from layer to layer
 
     def _fetch(self, away: Away) -> None:
         away.users += 1
