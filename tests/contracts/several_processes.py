@@ -18,16 +18,20 @@ from typing import Any
 import tiny_run
 import torch
 from stopped import Stopped, StopsAt, every_step_kept
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import spinfold
 from spinfold import distributed as together
 from spinfold.fitting.capture import capture
 from spinfold.fitting.end_to_end import Schedule, fit_end_to_end
 from spinfold.fitting.objectives import next_token_loss
-from spinfold.maps import CayleySGD
+from spinfold.folding import fold_norms
+from spinfold.maps import CayleySGD, Orthogonal, SiteMaps, random_orthogonal
 from spinfold.methods.base import FitTask
 from spinfold.methods.quarot import hadamard_maps
 from spinfold.methods.spinquant import learnable
+from spinfold.networks import Network
 from spinfold.networks.sources import resolve
 from spinfold.progress import Quiet, launched
 from spinfold.recipe import Recipe
@@ -75,6 +79,7 @@ def compute(folder: Path) -> dict[str, Any]:
             maps = [one.matrix() for _, one in rotated.maps.each()]
             found[name] = {"losses": list(rotated.log.losses), "maps": maps, "clips": dict(rotated.log.clips)}
         found["shared out"] = _shared_out(subject, recipe)
+        found["in fp64"] = {"fp64": _in_fp64(folder)}
         found["goes on"] = _goes_on(subject, recipe, folder / f"journal-{launched()[1]}")
         few = subject.windows(32, 1, 0)  # fewer than processes
         found["capture"] = capture(subject.network, few, ["down"], 7, 0)
@@ -103,6 +108,33 @@ def _shared_out(subject: Subject, recipe: Recipe) -> dict[str, Any]:
         found["parts" if shared_out else "whole"] = list(log.losses)
     assert found["parts"] == found["whole"]
     return {"losses": found["parts"]}
+
+
+def _in_fp64(folder: Path) -> dict[str, Any]:
+    """Ten steps of SpinQuant in fp64, whose rounding is too small to tip a quantizer: what is left is the algorithm.
+
+    With the published gradient: ours goes to a row's extremes, and where attention repeats quantized values, as at the
+    first token, two of them are equal up to rounding, so that one or both have it.
+    """
+    network = Network(resolve(str(folder / "llama")).load_model().double(), name="fp64")
+    network.untie()
+    fold_norms(network)
+    for module in network.model.modules():
+        if isinstance(module, LlamaRMSNorm):  # Transformers' computes in fp32; its gain is 1 by now
+            module.forward = lambda x: x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    sizes = [network.hidden_size, *(layer.head_dim for layer in network.layers)]
+    learned = [random_orthogonal(size, seed).R_NN.requires_grad_() for seed, size in enumerate(sizes)]
+    residual, *value = map(Orthogonal, learned)
+    maps = SiteMaps(residual=residual, value=tuple(value))
+    quantize_wires(network, Recipe(bits="W16A4KV4"), maps, scale_gradient=False)
+    ids_NT = torch.randint(network.embedding.num_embeddings, (7, 32), generator=torch.Generator().manual_seed(0))
+
+    def loss(ids_BT: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(network(ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
+
+    schedule = Schedule(steps=10, batch=3, tokens_per_pass=64)
+    log = fit_end_to_end(network, loss, [ids_NT], [CayleySGD(learned, 0.05)], schedule, "fp32")
+    return {"losses": list(log.losses), "maps": [R_NN.detach() for R_NN in learned]}
 
 
 def _goes_on(subject: Subject, recipe: Recipe, folder: Path) -> dict[str, Any]:
