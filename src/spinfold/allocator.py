@@ -24,7 +24,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Have the C library give back to the system what it keeps, so that the next stage's peak is its own."""
+    """Have the C library give back to the system what it keeps, so that what comes next has a peak of its own."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,9 +1,9 @@
 """The stages of a run that a stopped process has kept are read; those it has not are done, and kept.
 
-    RUN/state/fitting-NNNN.safetensors a loop of the fit, so far    fitting.journal
-    RUN/state/fit                      maps and log of the fit      kept_rotation
-    RUN/state/allocation.json          the recipe, budget spent     kept_allocation
-    RUN/state/layer-NNNN.safetensors   a layer's rounded linears    kept_rounding
+    RUN/state/fitting-NNNN.safetensors   a loop of the fit, so far    fitting.journal
+    RUN/state/fit                        maps and log of the fit      kept_rotation
+    RUN/state/allocation.json            the recipe, budget spent     kept_allocation
+    RUN/state/layer-NNNN.safetensors     a layer's rounded linears    kept_rounding
 
 Either way the bytes are the same. Of several processes the first one reads and writes.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spinfold.checkpoint import load_maps, rounded_tensors, save_maps
 from spinfold.distributed import on_first
-from spinfold.errors import reading
+from spinfold.errors import SpinfoldError, reading
 from spinfold.files import load_tensors, read_json, save_tensors, whole_folder, write_json
 from spinfold.fitting.end_to_end import FitLog
 from spinfold.fitting.journal import Journal
@@ -37,7 +37,7 @@ __all__ = ["kept_allocation", "kept_rotation", "kept_rounding"]
 
 
 def kept_rotation(folder: RunFolder, subject: Subject, recipe: Recipe, progress: Progress) -> Rotated:
-    """The rotated network, from maps that an earlier, stopped process has kept if there are any."""
+    """The rotated network, from the maps, or from the steps of their fit, that a stopped process has kept."""
     kept, journal = folder.state / "fit", Journal(folder.state)
 
     def read() -> tuple[SiteMaps, FitLog] | None:
@@ -52,7 +52,15 @@ def kept_rotation(folder: RunFolder, subject: Subject, recipe: Recipe, progress:
             journal.forget()
             maps, log = found
             return rotate_network(subject, recipe, progress, maps=maps, log=log)
-    rotated = rotate_network(subject, recipe, progress, journal=journal)
+    try:
+        rotated = rotate_network(subject, recipe, progress, journal=journal)
+    except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
+        if not journal.restored:
+            raise
+        why = f"The fit failed after it had gone on from {journal.restored[-1].name}: {error}"[:500]
+        raise SpinfoldError(
+            f"What was kept of a fit in {folder.state} can't be used.", why, "Make the run again."
+        ) from None
 
     def keep() -> None:
         with whole_folder(kept) as part:

@@ -7,7 +7,8 @@
         run.json                figures, proofs, stages, environment
         report.html             the page
         log.txt                 when each stage ended, its seconds and peak memory, of stopped attempts too
-        state/                  only while unfinished: key.json, what the run was asked for, and its finished stages
+        state/                  only while unfinished: key.json, what the run was asked for, its finished stages, and
+                                the steps of a fit so far
 
 Files and folders are written beside their place, flushed to disk and renamed, so that none is ever half there. A run
 is finished when it has a run.json and no state/ any more.
@@ -32,6 +33,7 @@ from spinfold.files import (
     whole_folder,
     write_json,
 )
+from spinfold.fitting.journal import KEPT_LOOPS
 
 __all__ = ["RunFolder"]
 
@@ -44,7 +46,7 @@ class RunFolder:
 
     @property
     def state(self) -> Path:
-        """Results of finished stages, while the run is unfinished."""
+        """Results of finished stages, and the steps of a fit, while the run is unfinished."""
         return self.path / "state"
 
     @property
@@ -74,7 +76,10 @@ class RunFolder:
                 # One rename ends the run: whoever is killed while he cleans up leaves no state that looks alive.
                 shutil.rmtree(self.state.rename(beside_of(self.state)), ignore_errors=True)
             except BaseException as error:
-                if self._kept():
+                kept = self._kept()
+                if isinstance(error, SpinfoldError):  # a fit that fails by itself would fail there again
+                    kept = [path for path in kept if not path.match(KEPT_LOOPS)]
+                if kept:
                     error.add_note("The finished stages are kept: the same command with --resume goes on from there.")
                 else:
                     shutil.rmtree(self.state, ignore_errors=True)
@@ -86,7 +91,7 @@ class RunFolder:
         return self.state / "key.json"
 
     def _kept(self) -> list[Path]:
-        """The stages that are done."""
+        """The stages that are done, and the steps of a fit."""
         return [path for path in self.state.glob("*") if path not in (self._key, self.log) and not is_leftover(path)]
 
     def _check(self, key: dict[str, Any], resume: bool) -> None:

@@ -5,6 +5,7 @@ Needs what tests/browser/test_pages.py needs, and site/ (`make docs`); skipped w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +18,7 @@ import pytest
 pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: run make test-browser")
 
 from chromium import find_chromium, launched, visit
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -72,5 +73,5 @@ def test_search_finds_a_method(browser: Browser, address: str) -> None:
         seen.page.get_by_role("textbox", name="Search").fill("kurtosis")
         # Results of what had been typed until then come first, and are replaced.
         seen.page.locator(".md-search-result__item a[href*='h=kurtosis']").first.click()
-        assert "kurt" in seen.page.inner_text("article").lower()
+        expect(seen.page.locator("article")).to_contain_text(re.compile("kurt", re.IGNORECASE))  # once it is loaded
         assert seen.complaints == []

@@ -5,9 +5,11 @@ The journal keeps every step here, and stops the fit itself.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,9 +105,9 @@ def test_every_optimiser_goes_on(optimiser: Any, stack: bool, tmp_path: Path) ->
 
 def test_nothing_is_kept_before_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journals, "PATIENCE", 3600.0)
-    x, journal = torch.zeros(2), Journal(tmp_path)
-    assert list(journal.steps(5, {"x": x})) == [0, 1, 2, 3, 4]
-    assert not list(tmp_path.iterdir())
+    for step in Journal(tmp_path).steps(5, {"x": torch.zeros(2)}):
+        assert not list(tmp_path.iterdir()), step
+    assert list(tmp_path.iterdir())  # a whole loop is kept at once
 
 
 def test_a_loop_that_is_skipped_is_counted(tmp_path: Path) -> None:
@@ -116,6 +118,34 @@ def test_a_loop_that_is_skipped_is_counted(tmp_path: Path) -> None:
     second = Journal(tmp_path)
     second.skip()
     assert list(second.steps(2, {"y": x})) == []
+
+
+def test_no_more_than_half_a_minute_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of six loops of a step each, and of a long one, by a clock that goes 20 seconds a step."""
+    seconds = itertools.count(step=20)
+    now = [0]
+    monkeypatch.setattr(journals, "PATIENCE", 30.0)
+    monkeypatch.setattr(journals, "RATIO", 20.0)
+    monkeypatch.setattr(journals, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def made(journal: Journal) -> list[int]:
+        counts = []
+        for total in (1, 1, 1, 1, 1, 1, 9):
+            counts.append(0)
+            for step in journal.steps(total, {"x": torch.zeros(1)}):
+                if total == 9 and step == 5:
+                    break
+                now[0] = next(seconds)
+                counts[-1] += 1
+        return counts
+
+    assert made(Journal(tmp_path)) == [1, 1, 1, 1, 1, 1, 5]
+    assert made(Journal(tmp_path)) == [0, 0, 0, 0, 0, 0, 1]  # a step is less than half a minute, two are more
+
+
+def test_a_loop_with_another_key_begins_anew(tmp_path: Path) -> None:
+    for key, left in (("layers [0]", [0, 1]), ("layers [1]", [0, 1]), ("layers [1]", [])):
+        assert list(Journal(tmp_path).steps(2, {"x": torch.zeros(1)}, key=key)) == left
 
 
 def test_what_is_over_is_forgotten(tmp_path: Path) -> None:

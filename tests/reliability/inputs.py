@@ -19,6 +19,7 @@ from random import Random
 from typing import Any
 from unittest import mock
 
+import torch
 import zoo
 from contracts import tiny_run
 from damage import NAMES, ODD, damaged, json_bytes, twisted
@@ -26,6 +27,7 @@ from damage import NAMES, ODD, damaged, json_bytes, twisted
 import spinfold
 from spinfold.export.check import verify_files
 from spinfold.export.contents import Contents
+from spinfold.files import load_tensors, save_tensors
 from spinfold.fitting import journal
 from spinfold.fitting.text import load_text
 from spinfold.grid import Grid
@@ -308,8 +310,19 @@ def states(sound: Sound, folder: Path, chance: Random) -> Action:
     recipe = tiny_run.recipe(sound.text, rounding__method="rtn", method="kurtail", fit__steps=2)
     shutil.copytree(_stopped(sound, recipe, chance.choice(PLACES)), run)
     path = chance.choice(sorted(one for one in (run / "state").rglob("*.*") if one.suffix in (".json", ".safetensors")))
-    _twist(path, chance) if path.suffix == ".json" else _harm_safetensors(path, chance)
+    if path.match(journal.KEPT_LOOPS) and chance.random() < 0.5:
+        _fill(path, chance)
+    else:
+        _twist(path, chance) if path.suffix == ".json" else _harm_safetensors(path, chance)
     return lambda: spinfold.quantize(str(sound.folder), run, recipe, device="cpu", resume=True)
+
+
+def _fill(path: Path, chance: Random) -> None:
+    """One tensor of a file with another number everywhere."""
+    tensors, metadata = load_tensors(path)
+    name = chance.choice(sorted(tensors))
+    odd = chance.choice([float("nan"), float("inf"), 0, 1e38, -1]) if tensors[name].is_floating_point() else 77
+    save_tensors(path, tensors | {name: torch.full_like(tensors[name], odd)}, metadata)
 
 
 def _stopped(sound: Sound, recipe: Recipe, place: tuple[str, int]) -> Path:

@@ -85,16 +85,18 @@ def _objections(row: Row, facts: Facts) -> Iterator[tuple[int, str, str]]:
     for what, own, allowed in zip(("weights", "activations", *cached), bits, kinds, strict=False):
         if own not in allowed:
             yield 2, f"{what} of {either(allowed)} bits, not {own}.", f"--bits {near}"
-    chosen = {recipe.format, *(one.format for one in recipe.overrides if one.format and bits.weights != 16)}
-    if (bits.weights, bits.activations) != (16, 16) and (other := sorted(chosen.difference(row.formats))):
+    of_weights = {one.format for one in recipe.overrides if one.format} if bits.weights != 16 else set()
+    of_all = {recipe.format} if (bits.weights, bits.activations) != (16, 16) else set()
+    if other := sorted((of_weights | of_all).difference(row.formats)):
         known = either(tuple("integers" if name == "int" else name for name in row.formats))
-        yield 3, f"weights and activations are {known}, not {' and '.join(other)}.", "--format int"
-    elif bits.weights == near.weights != 16:
+        fix = "--format int" if recipe.format in other else "no overrides of the format"
+        yield 3, f"weights and activations are {known}, not {' and '.join(other)}.", fix
+    if recipe.overrides and not row.mixed and bits.weights != 16:
+        yield 4, "all linears have one weight grid.", "no overrides and no budget"
+    if not other and bits.weights == near.weights != 16:
         if recipe.weights.symmetric not in row.symmetric:
             fix = f"weights.symmetric: {row.symmetric[0]}".lower()
             yield 1, f"weight grids are {kinds_text(row.symmetric)}.", fix
-        if recipe.overrides and not row.mixed:
-            yield 4, "all linears have one weight grid.", "no overrides and no budget"
         if row.groups is not None and recipe.group_size not in row.groups:
             fix = " or ".join(f"--group-size {size}" if size else "no --group-size" for size in row.groups)
             yield 1, f"weights share a scale by groups of {sizes_text(row.groups)}.", fix

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +67,21 @@ def read_integers(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """
     args = read_json(folder / "config.json")["quantization_config"]["config_groups"]["group_0"]["weights"]
     bits, signed = args["num_bits"], args["symmetric"]
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                name, _, kind = key.rpartition(".")
-                if kind == "weight_packed":
-                    rows, count = file.get_tensor(f"{name}.weight_shape").tolist()
-                    u_OI = unpack(file.get_tensor(key).contiguous().view(torch.uint8), bits, count)
-                    yield name, as_codes(u_OI, bits, torch.int8 if signed else torch.uint8)
-                    if not signed:
-                        words_GW = file.get_tensor(f"{name}.weight_zero_point").T.contiguous()
-                        yield f"{name}.zero", unpack(words_GW.view(torch.uint8), bits, rows).T
-                elif kind == "weight" and file.get_slice(key).get_dtype() == "I8":
-                    yield name, file.get_tensor(key)
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob("*.safetensors"))]
+        file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+        for key, file in file_of.items():
+            name, _, kind = key.rpartition(".")
+            if kind == "weight_packed":  # what belongs to it may be in the next shard
+                shape, zero = f"{name}.weight_shape", f"{name}.weight_zero_point"
+                rows, count = file_of[shape].get_tensor(shape).tolist()
+                u_OI = unpack(file.get_tensor(key).contiguous().view(torch.uint8), bits, count)
+                yield name, as_codes(u_OI, bits, torch.int8 if signed else torch.uint8)
+                if not signed:
+                    words_GW = file_of[zero].get_tensor(zero).T.contiguous()
+                    yield f"{name}.zero", unpack(words_GW.view(torch.uint8), bits, rows).T
+            elif kind == "weight" and file.get_slice(key).get_dtype() == "I8":
+                yield name, file.get_tensor(key)
 
 
 def has_packed_zeros(config: dict[str, Any]) -> bool:

@@ -136,7 +136,7 @@ class Trials:
     def loss_after_fit(self, layers: Layers) -> float:
         """The validation loss, without injection, after a short fit with injection into `layers`."""
         found = {"loss": torch.zeros((), dtype=torch.float64), "samples": torch.zeros((), dtype=torch.int64)}
-        for _ in self.journal.steps(1, found):
+        for _ in self.journal.steps(1, found, key=f"layers {sorted(layers)}"):
             maps, log = fit_with_outliers(self.task, self.start, self.injection, layers)
             found["loss"].fill_(self._loss(maps, self.held_WT[:_VALIDATION_WINDOWS], clips=log.clips))
             found["samples"].fill_(self.samples + log.samples)

@@ -159,7 +159,8 @@ class Layer:
             away.users -= 1
             if not away.users:
                 away.forget(self.module)
-                return_freed_memory()  # else what lies between it piles up from layer to layer
+                if away.device.type == "cpu":  # else free pieces between what stays pile up from layer to layer
+                    return_freed_memory()
 
     def _fetch(self, away: Away) -> None:
         away.users += 1
