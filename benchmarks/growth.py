@@ -55,10 +55,10 @@ def gptq_layer(sizes: Sizes, shape: Mapping[str, int], samples: int) -> float:
 
 
 def whole(name: str, **changes: Any) -> Callable[[Sizes, Mapping[str, int], int], float]:
-    """Seconds of a whole fit without back-propagation on so many windows."""
+    """Seconds of a whole fit without back-propagation, on the windows of its recipe."""
 
-    def run(sizes: Sizes, shape: Mapping[str, int], samples: int) -> float:
-        return float(layerwise(sizes, name, shape, calibration__samples=samples, **changes)["seconds"])
+    def run(sizes: Sizes, shape: Mapping[str, int], _: int) -> float:
+        return float(layerwise(sizes, name, shape, **changes)["seconds"])
 
     return run
 
@@ -66,8 +66,8 @@ def whole(name: str, **changes: Any) -> Callable[[Sizes, Mapping[str, int], int]
 JOBS: Mapping[str, tuple[Callable[[Sizes, Mapping[str, int], int], float], int, list[dict[str, int]]]] = {
     "SpinQuant, a step": (step, 8, [*LAYERS, *WIDER, {"windows": 4}, {"windows": 16}]),
     "GPTQ, a layer": (gptq_layer, 128, [{}, *WIDER, {"windows": 64}, {"windows": 256}]),
-    "ours, layer by layer": (whole("spinfold", fit__steps=0), 128, [*LAYERS, *WIDER[:1]]),
-    "OptRot": (whole("spinfold", method="optrot"), 128, [*LAYERS, *WIDER[:1]]),
+    "ours, layer by layer": (whole("spinfold", fit__steps=0), 16, [*LAYERS, *WIDER[:1]]),
+    "OptRot": (whole("spinfold", method="optrot"), 0, [*LAYERS, *WIDER[:1]]),
 }
 
 
@@ -85,7 +85,8 @@ def main() -> int:
             shape = shape_of(case["layers"], case["hidden"])
             seconds = measure(sizes, shape, case["windows"])
             tokens = case["windows"] * sizes.seq_len
-            rows.append(Case(job, case["layers"], case["hidden"], tokens, seconds, peaks().get("gpu_gb", 0.0)))
+            layers = 3 if measure is gptq_layer else case["layers"]
+            rows.append(Case(job, layers, case["hidden"], tokens, seconds, peaks().get("gpu_gb", 0.0)))
             print(rows[-1], flush=True)
             (args.out / "growth.json").write_text(json.dumps([vars(row) for row in rows], indent=1))
             gc.collect()

@@ -176,14 +176,17 @@ def test_scales_of_16_bits_are_written_as_they_are(run_of: Callable[[str], Path]
         assert torch.equal(stored_OG, weight.scale_OG)
 
 
+@pytest.mark.parametrize(("name", "num_bytes"), [("W4A16 channel", 100_000), ("W4A16 asymmetric group", 2_000)])
 def test_a_large_checkpoint_has_shards(
-    run_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, num_bytes: int, run_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where they cut between a weight and its zero points."""
     pytest.importorskip("compressed_tensors")
-    run = run_of("W4A16 channel")
+    run = run_of(name)
     one = write(run, tmp_path / "one")
-    monkeypatch.setattr(shards.save_shards, "__defaults__", (100_000,))
+    monkeypatch.setattr(shards.save_shards, "__defaults__", (num_bytes,))
     many = write(run, tmp_path / "many")
+    assert checks.prove_integers(Contents.open(run), dict(read_integers(many)), "compressed-tensors").ok
     files = sorted(path.name for path in many.glob("*.safetensors"))
     assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     assert torch.equal(*(checks.RUNTIMES["compressed-tensors"](folder, IDS_NT, "cpu") for folder in (one, many)))

@@ -10,9 +10,8 @@ from spinfold.fitting.objectives import tokens_per_chunk
 from spinfold.forecast.machine import Machine
 from spinfold.forecast.seconds import calibration_tokens, end_to_end_steps, learns_down
 from spinfold.forecast.sizes import Sizes
-from spinfold.methods import METHODS
 from spinfold.methods.kurtail import TOKENS as CAPTURED
-from spinfold.methods.spinfold import TOKENS
+from spinfold.methods.spinfold import TOKENS, WINDOWS, weights_are_coarsest
 from spinfold.recipe import Recipe
 from spinfold.rounding import MEASURED_WINDOWS
 
@@ -48,22 +47,25 @@ class Bytes:
         return n.layers * per_layer
 
     def fit(self) -> float:
-        """The graph, the logits, and on a GPU the copy in bf16 that is computed with."""
+        """The graph, the logits, and on a GPU the copy in bf16 that is computed with; or what a fit in turns holds."""
         copy = 2.0 * self.sizes.parameters * (self._pass_tokens() > 0 and self.machine.device == "cuda")
-        return copy + self.graph() + self.loss() + self.in_turns() * self.in_files
+        return max(copy + self.graph() + self.loss(), self.in_turns() if self.in_files else 0.0)
 
     def in_turns(self) -> float:
-        """What a fit without back-propagation holds of a network in files: if it is to weights its linears in 16 bits,
-        else the stream of the text, and the rows that are kept of both norms, keys and values."""
-        n, method = self.sizes, METHODS[self.recipe.method]
-        if "fit" not in method.reads or (method.needs_backprop and method.name != "spinfold"):
+        """What a fit layer by layer holds of a network in files: one to weights its linears in 16 bits and, if it
+        weighs errors by activations, their second moments in fp64 and fp32; else the stream of the text, and the rows
+        that are kept of both norms, keys and values."""
+        n, name, fit = self.sizes, self.recipe.method, self.recipe.fit
+        weighed = name == "optrot-plus" or (name == "spinfold" and weights_are_coarsest(self.recipe))
+        if weighed or name == "optrot":
+            moments = 12.0 * n.layers * (2 * n.width**2 + n.score_width**2 + n.mlp_width**2)
+            return 2.0 * n.linears + moments * weighed
+        if name not in ("spinfold", "kurtail", "dartquant"):
             return 0.0
-        if not method.needs_data:
-            return 2.0 * n.linears
-        rows, itemsize = (TOKENS, 4.0) if method.name == "spinfold" else (CAPTURED, 2.0)
-        rows = self.recipe.fit.tokens or rows
-        kept = itemsize * rows * n.layers * (2 * n.width + 2 * n.kv_heads * n.head_dim)
-        return 4.0 * calibration_tokens(self.recipe) * n.width + kept
+        rows, itemsize = (TOKENS, 4.0) if name == "spinfold" else (CAPTURED, 2.0)
+        windows = WINDOWS if name == "spinfold" else self.recipe.calibration.samples
+        kept = itemsize * (fit.tokens or rows) * n.layers * (2 * n.width + 2 * n.kv_heads * n.head_dim)
+        return 4.0 * windows * self.recipe.calibration.seq_len * n.width + kept
 
     def loss(self) -> float:
         """The logits of a chunk of tokens, and what a loss makes of them."""

@@ -19,21 +19,21 @@ from spinfold.fitting.layerwise import LayerwiseSettings, choose, fit_to_activat
 from spinfold.fitting.row_objectives import unit_rms, whip
 from spinfold.maps import SiteMaps
 from spinfold.methods.base import FitTask, Method
-from spinfold.methods.kurtail import captured_for
+from spinfold.methods.kurtail import TOKENS, captured_for
 from spinfold.methods.quarot import hadamard_maps
 
 __all__ = ["DARTQUANT"]
 
 _RESIDUAL = LayerwiseSettings(steps=300, learning_rate=1e-2, optimiser="qr")
 _VALUE = LayerwiseSettings(steps=100, learning_rate=1e-3, optimiser="qr")
-_TOKENS, _ROWS = 2048, 4096
+_ROWS = 4096
 
 
 def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
     recipe = task.recipe
     objective = choose(recipe.fit.objective, {"whip": whip}, "dartquant")
     residual = LayerwiseSettings.of(recipe.fit, _RESIDUAL, recipe.compute)
-    captured = captured_for(task, _TOKENS)
+    captured = captured_for(task, TOKENS)
     for (_, wire), x in captured.items():
         if wire == "value":
             x.copy_(unit_rms(x.float()))

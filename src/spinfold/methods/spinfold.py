@@ -44,9 +44,9 @@ from spinfold.methods.respinquant import joined
 from spinfold.methods.spinquant import fit_on_loss, learnable, settled
 from spinfold.recipe import Bits, Fit, Recipe
 
-__all__ = ["GLOBAL", "HEAD_ROWS", "LOCAL", "ROWS", "SPINFOLD", "TOKENS", "weights_are_coarsest"]
+__all__ = ["GLOBAL", "HEAD_ROWS", "LOCAL", "ROWS", "SPINFOLD", "TOKENS", "WINDOWS", "weights_are_coarsest"]
 
-_WINDOWS = 16
+WINDOWS = 16
 TOKENS = 4096
 """Captured at each wire and layer, if the recipe does not say."""
 ROWS, HEAD_ROWS = 16384, 2048
@@ -113,7 +113,7 @@ def _usual_clip(format: Format, size: int, search: ClipSearch | None) -> float:
 def _fit_to_wires(task: FitTask, start: SiteMaps, log: FitLog, *, residual: bool) -> tuple[SiteMaps, FitLog]:
     """The layer-wise part where activations, if `residual`, or the KV cache are no finer than weights."""
     recipe, network, maps = task.recipe, task.network, start
-    ids_NT = task.windows(recipe.calibration.seq_len, _WINDOWS)
+    ids_NT = task.windows(recipe.calibration.seq_len, WINDOWS)
     wires: list[str | tuple[str, ...]] = ["value", "key", *([_NORMS] if residual else ())]
     captured = capture(network, ids_NT, wires, recipe.fit.tokens or TOKENS, recipe.seed, task.progress)
     quantizer = recipe.activation_format
