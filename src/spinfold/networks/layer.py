@@ -12,7 +12,6 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from spinfold.allocator import return_freed_memory
 from spinfold.networks.family import INPUT_WIRE, Family, Part
 from spinfold.networks.placement import Away
 from spinfold.networks.rope import Rope
@@ -159,8 +158,6 @@ class Layer:
             away.users -= 1
             if not away.users:
                 away.forget(self.module)
-                if away.device.type == "cpu":  # else free pieces between what stays pile up from layer to layer
-                    return_freed_memory()
 
     def _fetch(self, away: Away) -> None:
         away.users += 1

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from spinfold.allocator import return_freed_memory
 from spinfold.errors import SpinfoldError
 
 __all__ = ["Away", "Store", "built_without_weights", "put"]
@@ -60,11 +61,12 @@ class Away:
                 )
             put(module, name, weight)
 
-    @staticmethod
-    def forget(module: nn.Module) -> None:
+    def forget(self, module: nn.Module) -> None:
         """Leave nothing but shapes."""
         for name, parameter in list(module.named_parameters()):
             put(module, name, torch.empty_like(parameter, device="meta"))
+        if self.device.type == "cpu":  # else free pieces between what stays pile up from layer to layer
+            return_freed_memory()
 
 
 def put(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -32,7 +32,7 @@ class SharedOut(Away):
         self.large = {name: parameters[name].shape for name in parameters if name in large}
         self.others = {name: tensor for name, tensor in parameters.items() if name not in large}
         flat = torch.cat([parameters[name].flatten() for name in self.large])
-        size = -(-len(flat) // world())
+        self.device, size = flat.device, -(-len(flat) // world())
         self.part = F.pad(flat, (0, size * world() - len(flat)))[rank() * size : (rank() + 1) * size].clone()
         self.forget(module)
 
