@@ -86,6 +86,14 @@ class Row:
 _CT, _TRANSFORMERS = "compressed-tensors", "Transformers 5.23, compressed-tensors 0.20"
 _VLLM_CPU, _VLLM_GPU = "vLLM 0.32 (CPU)", "vLLM 0.32 (GPU)"
 _TESTED = "run: tests/contracts/test_export.py"
+_W8A8: Final[dict[str, Any]] = {
+    "format": "int-quantized",
+    "weights": (8,),
+    "symmetric": (True,),
+    "groups": (None,),
+    "activations": (8,),
+    "activation_symmetric": (True,),
+}
 _sglang = partial(
     Row,
     target=_CT,
@@ -152,12 +160,7 @@ TARGETS: Final[tuple[Row, ...]] = (
     Row(
         target=_CT,
         runtime=_VLLM_CPU,
-        format="int-quantized",
-        weights=(8,),
-        symmetric=(True,),
-        groups=(None,),
-        activations=(8,),
-        activation_symmetric=(True,),
+        **_W8A8,
         established="run: tests/runtime/test_vllm.py",
     ),
     Row(
@@ -187,27 +190,14 @@ TARGETS: Final[tuple[Row, ...]] = (
     Row(
         target=_CT,
         runtime=_VLLM_GPU,
-        format="int-quantized",
-        weights=(8,),
-        symmetric=(True,),
-        groups=(None,),
-        activations=(8,),
-        activation_symmetric=(True,),
+        **_W8A8,
         online=("down",),
         parallel="no tensor parallelism",
         established="the file run in vLLM's CPU build, the map's missing kernel replaced; the GPU kernels read",
     ),
     _sglang(format="pack-quantized", weights=(4, 8), symmetric=(True,), multiple=128),
     _sglang(format="pack-quantized", weights=(4,), symmetric=(False,), multiple=128),
-    _sglang(
-        format="int-quantized",
-        weights=(8,),
-        symmetric=(True,),
-        groups=(None,),
-        activations=(8,),
-        activation_symmetric=(True,),
-        multiple=16,
-    ),
+    _sglang(**_W8A8, multiple=16),
     _gguf(format="F16", weights=(16,)),
     _gguf(format="Q8_0", weights=(5, 6, 7, 8), symmetric=(True,)),
     _gguf(format="Q4_0", weights=(2, 3, 4), symmetric=(True,)),
