@@ -31,11 +31,18 @@ RUNS = {
     "quarot, ldlq": ["--method", "quarot", "--rounding", "ldlq"],
     "quarot, autoround": ["--method", "quarot", "--rounding", "autoround"],
     "spinfold layer by layer, gptq": ["--method", "spinfold", "--rounding", "gptq", "--steps", "0"],
+    "smoothquant, rtn": ["--method", "smoothquant", "--rounding", "rtn"],
+    "dartquant, rtn": ["--method", "dartquant", "--rounding", "rtn"],
+    "dfrot, rtn": ["--method", "dfrot", "--rounding", "rtn"],
+    "optrot-plus, rtn": ["--method", "optrot-plus", "--rounding", "rtn"],
+    "respinquant, rtn": ["--method", "respinquant", "--rounding", "rtn"],
+    "spinout, rtn": ["--method", "spinout", "--rounding", "rtn"],
+    "quarot, mxfp4, gptq": ["--method", "quarot", "--rounding", "gptq", "--format", "mxfp4"],
 }
 FULL = ["--samples", "64", "--seq-len", "2048"]
 SMALL = ["--samples", "8", "--seq-len", "256"]
-FEW_STEPS = {"fit": {"steps": 4, "batch": 4, "seq_len": 256}, "rounding": {"steps": 10}}
-LONG = ("spinquant, gptq", "spinfold, gptq", "quarot, autoround")
+FEW_STEPS = {"fit": {"steps": 4, "batch": 4, "seq_len": 256, "layers": "kurtosis"}, "rounding": {"steps": 10}}
+LONG = ("spinquant, gptq", "spinfold, gptq", "quarot, autoround", "respinquant, rtn", "spinout, rtn")
 
 
 def main() -> None:
@@ -70,8 +77,8 @@ def predicted_and_measured(options: argparse.Namespace, name: str, seconds: floa
     if options.small and name in LONG:
         (recipe := options.out / "few-steps.yaml").write_text(json.dumps({"schema_version": 1} | FEW_STEPS))
         sizes = [*sizes, "--recipe", str(recipe)]
-    command = [sys.executable, "-m", "spinfold", "quantize", options.model, "-o", str(output), *RUNS[name], *sizes]
-    command += ["--bits", "W4A4KV4", "--calibration", options.calibration, "--device", options.device, "--json"]
+    command = [sys.executable, "-m", "spinfold", "quantize", options.model, "-o", str(output), "--bits", "W4A4KV4"]
+    command += [*RUNS[name], *sizes, "--calibration", options.calibration, "--device", options.device, "--json"]
     plan = subprocess.run([*command, "--plan"], capture_output=True, text=True, timeout=seconds)
     if plan.returncode:
         raise RuntimeError(plan.stderr[-250:])

@@ -250,8 +250,8 @@ def test_wires_of_experts_are_captured_by_token() -> None:
     assert some[1, "down"].shape == (40 * experts_TK.shape[1], 80)
     assert some[1, "mlp_input"].shape == (40, 96)
     torch.testing.assert_close(every[1, "down"], x[0].transpose(0, 1).flatten(0, 1))
-    moments = second_moments(network, ids_WT, ["down"], compute="fp32")["down"]
-    torch.testing.assert_close(moments[1], every[1, "down"].T @ every[1, "down"] / len(every[1, "down"]))
+    moment_NN = dict(second_moments(network, ids_WT, ["down"], compute="fp32"))[1]["down"]
+    torch.testing.assert_close(moment_NN.float(), every[1, "down"].T @ every[1, "down"] / len(every[1, "down"]))
 
 
 @pytest.mark.parametrize("family", zoo.EXPERTS)

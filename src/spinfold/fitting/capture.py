@@ -1,18 +1,19 @@
 """What flows along a network's wires: rows, second moments or channel maxima of calibration tokens, in one pass.
 
     capture          a seeded subsample of the tokens on each wire                   for layer-wise fits
-    second_moments   H = E[xᵀ x] on each wire                                        for OptRot+
+    second_moments   H = E[xᵀ x] on each wire, layer by layer                        for OptRot+
     channel_maxima   max |x_j| over all tokens                                       for SmoothQuant
 
 The windows pass in batches and nothing is kept but the result, so the memory is the network's, one batch's inside one
-layer, and what is asked for. No gradients.
+layer, and what is asked for; with second moments, which are given layer by layer, the tokens' at the input of a layer.
+No gradients.
 
 Shapes: W windows, T tokens (B windows of a batch, flattened), S captured rows, L layers, N width of a wire.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from spinfold.compute import precision
 from spinfold.distributed import everyones, share, summed
-from spinfold.networks import Network, hidden_in_batches
+from spinfold.networks import Network, Stream, hidden_in_batches
 from spinfold.progress import Progress, Quiet
 
 __all__ = ["Captured", "capture", "channel_maxima", "pooled", "second_moments", "stacked", "watch"]
@@ -38,6 +39,11 @@ class Captured(dict[tuple[int, str], Tensor]):
 _TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 4096}
 _LARGEST_FP16 = 65504.0
 _MOST_NUMBERS = 1 << 27  # of a batch on the widest wire
+
+
+def _tokens_per_batch(network: Network) -> int:
+    tokens = _TOKENS_PER_BATCH.get(network.device.type, 4096)
+    return min(tokens, _MOST_NUMBERS // max(layer.mlp_width for layer in network.layers))
 
 
 @torch.no_grad()
@@ -68,11 +74,9 @@ def watch(
         for layer in network.layers
         for wire in wires
     ]
-    tokens = _TOKENS_PER_BATCH.get(network.device.type, 4096)
-    tokens = min(tokens, _MOST_NUMBERS // max(layer.mlp_width for layer in network.layers))
     try:
         with (progress or Quiet()).stage("capture activations", total=len(ids_WT)) as bar:
-            for hidden_BTD in hidden_in_batches(network, ids_WT, compute, tokens):
+            for hidden_BTD in hidden_in_batches(network, ids_WT, compute, _tokens_per_batch(network)):
                 bar.advance(len(hidden_BTD))
     finally:
         for handle in handles:
@@ -141,24 +145,37 @@ def stacked(captured: Captured, wire: str) -> Tensor:
     return torch.stack([captured[layer, wire] for layer in range(1 + max(layer for layer, _ in captured))])
 
 
+@torch.no_grad()
 def second_moments(
     network: Network, ids_WT: Tensor, wires: Sequence[str], *, compute: str = "auto", progress: Progress | None = None
-) -> Mapping[str, Tensor]:
-    """H = E[xᵀ x] by wire, `(L, N, N)` in fp32; heads and experts are pooled. Products with IEEE arithmetic."""
-    sums: dict[tuple[int, str], Tensor] = {}
-    count: dict[tuple[int, str], int] = {}
+) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+    """H = E[xᵀ x] by wire, `(N, N)` in fp64, of each layer in its turn; heads and experts are pooled.
 
-    def see(layer: int, wire: str, _: int, x: Tensor) -> None:
-        x_TN = x.flatten(0, -2).float()
-        with precision("fp32", x.device):
-            moment_NN = (x_TN.T @ x_TN).double()
-        sums[layer, wire] = sums[layer, wire] + moment_NN if (layer, wire) in sums else moment_NN
-        count[layer, wire] = count.get((layer, wire), 0) + len(x_TN)
+    All windows pass a layer before the next one, so that those of one layer can be made smaller, or used up, before
+    there are more: a wide MLP's are larger than its weights. Products with IEEE arithmetic.
+    """
+    stream = Stream(network, ids_WT, compute, _tokens_per_batch(network), share(len(ids_WT)))
+    with (progress or Quiet()).stage("capture activations", total=len(network.layers)) as bar:
+        for layer in network.layers:
+            sums: dict[str, Tensor] = {}
+            handles = [layer.wire(wire).register_forward_hook(partial(_add_moment, sums, wire)) for wire in wires]
+            try:
+                stream.pass_through(layer)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            bar.advance()
+            yield layer.index, {wire: sum_NN[1:].div_(sum_NN[0, 0]) for wire, sum_NN in summed(sums).items()}
 
-    watch(network, ids_WT[share(len(ids_WT))], wires, see, compute=compute, progress=progress)
-    moments, tokens = summed(sums), summed({key: torch.tensor(number) for key, number in count.items()})
-    layers = range(len(network.layers))
-    return {wire: torch.stack([moments[i, wire] / tokens[i, wire] for i in layers]).float() for wire in wires}
+
+def _add_moment(sums: dict[str, Tensor], wire: str, _: nn.Module, __: object, x: Tensor) -> None:
+    """Add xᵀ x below a row that counts the rows of x."""
+    x_TN = x.flatten(0, -2).float()
+    if wire not in sums:
+        sums[wire] = x.new_zeros(x.shape[-1] + 1, x.shape[-1], dtype=torch.float64)
+    with precision("fp32", x.device):
+        sums[wire][1:] += x_TN.T @ x_TN
+    sums[wire][0] += len(x_TN)
 
 
 def channel_maxima(

@@ -37,6 +37,7 @@ from spinfold.progress import Progress, Quiet
 from spinfold.recipe import Fit
 
 __all__ = [
+    "NUMBERS",
     "WIRES_OF",
     "LayerwiseSettings",
     "Term",
@@ -56,7 +57,7 @@ Term = Callable[[Tensor, torch.Generator], Tensor]
 WIRES_OF = {"residual": ("qkv_input", "mlp_input"), "value": ("value",)}
 """The wires that carry what a site's map rotates."""
 
-_NUMBERS = 1 << 26  # of the rows that Procrustes looks at together
+NUMBERS = 1 << 26  # of the rows that Procrustes looks at together
 T = TypeVar("T")
 
 
@@ -276,7 +277,7 @@ def alternate_procrustes(
     R_NN = project(start_NN.double())
     best_NN, error_S = R_NN.clone(), torch.full((steps + 1,), torch.inf, dtype=torch.float64)
     moved, journal = {"rotation": R_NN, "best": best_NN, "error": error_S}, journal or Journal()
-    parts = x_SN.split(max(1, _NUMBERS // x_SN.shape[1]))  # what a turn makes of all rows takes many times their memory
+    parts = x_SN.split(max(1, NUMBERS // x_SN.shape[1]))  # what a turn makes of all rows takes many times their memory
     with (progress or Quiet()).stage(label, total=steps) as bar:
         for turn in journal.steps(steps + 1, moved, bar=bar):
             error = torch.zeros((), dtype=torch.float64, device=x_SN.device)

@@ -17,7 +17,7 @@ In bytes, with P parameters (head untied), D residual width, F MLP width, V word
     stream      4 D × calibration tokens                      likewise; two of them for gptaq and autoround
     graph       4 × tokens of a pass × L (5.5 D + 3.5 F)       fits by back-propagation; of one layer if checkpointed
 
-`machine` has the rates and the room, `sizes` the model, `seconds` and `memory` the formulas, `stages` the run.
+`machine` has the rates and the room, `sizes` the model, `seconds`, `fits` and `memory` the formulas, `stages` the run.
 
 Shapes: L layers, T tokens of a window.
 """

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from math import inf
 
 from spinfold.fitting.end_to_end import GRAPH_SHARE, Schedule
+from spinfold.fitting.layerwise import NUMBERS as PROCRUSTES_NUMBERS
 from spinfold.fitting.objectives import tokens_per_chunk
 from spinfold.forecast.machine import Machine
-from spinfold.forecast.seconds import calibration_tokens, end_to_end_steps, learns_down
+from spinfold.forecast.seconds import calibration_tokens, end_to_end_steps, fit_window, learns_down, step_tokens
 from spinfold.forecast.sizes import Sizes
 from spinfold.methods.kurtail import TOKENS as CAPTURED
 from spinfold.methods.spinfold import TOKENS, WINDOWS, weights_are_coarsest
@@ -33,9 +34,10 @@ class Bytes:
 
     def _pass_tokens(self) -> int:
         """Tokens that are back-propagated through at once; 0 if the method does not."""
-        fit, window = self.recipe.fit, self.recipe.fit.seq_len or self.recipe.calibration.seq_len
-        backprop = end_to_end_steps(self.recipe) > 0
-        return max(1, min(fit.batch or 8, Schedule.tokens_per_pass // window)) * window * backprop
+        window, tokens = fit_window(self.recipe), step_tokens(self.recipe)
+        return max(window, min(tokens, Schedule.tokens_per_pass // window * window)) * (
+            end_to_end_steps(self.recipe) > 0
+        )
 
     def graph(self) -> float:
         """What back-propagation through the decoder holds."""
@@ -49,23 +51,40 @@ class Bytes:
     def fit(self) -> float:
         """The graph, the logits, and on a GPU the copy in bf16 that is computed with; or what a fit in turns holds."""
         copy = 2.0 * self.sizes.parameters * (self._pass_tokens() > 0 and self.machine.device == "cuda")
-        return max(copy + self.graph() + self.loss(), self.in_turns() if self.in_files else 0.0)
+        return max(copy + self.graph() + self.loss(), self.layer_by_layer())
 
-    def in_turns(self) -> float:
-        """What a fit layer by layer holds of a network in files: one to weights its linears in 16 bits and, if it
-        weighs errors by activations, their second moments in fp64 and fp32; else the stream of the text, and the rows
-        that are kept of both norms, keys and values."""
-        n, name, fit = self.sizes, self.recipe.method, self.recipe.fit
-        weighed = name == "optrot-plus" or (name == "spinfold" and weights_are_coarsest(self.recipe))
-        if weighed or name == "optrot":
-            moments = 12.0 * n.layers * (2 * n.width**2 + n.score_width**2 + n.mlp_width**2)
-            return 2.0 * n.linears + moments * weighed
+    def layer_by_layer(self) -> float:
+        """What a fit without back-propagation through the network holds."""
+        name = self.recipe.method
+        if name in ("optrot", "optrot-plus") or (name == "spinfold" and weights_are_coarsest(self.recipe)):
+            return self._to_weights(weighed=name != "optrot")
+        n, fit = self.sizes, self.recipe.fit
+        if name == "dfrot":
+            rows = 2.0 * n.layers * (fit.tokens or (fit.batch or 1) * fit_window(self.recipe)) * n.width
+            return 4.0 * rows + 24.0 * min(rows, PROCRUSTES_NUMBERS)
         if name not in ("spinfold", "kurtail", "dartquant"):
             return 0.0
         rows, itemsize = (TOKENS, 4.0) if name == "spinfold" else (CAPTURED, 2.0)
         windows = WINDOWS if name == "spinfold" else self.recipe.calibration.samples
         kept = itemsize * (fit.tokens or rows) * n.layers * (2 * n.width + 2 * n.kv_heads * n.head_dim)
-        return 4.0 * windows * self.recipe.calibration.seq_len * n.width + kept
+        return kept + 4.0 * windows * self.recipe.calibration.seq_len * n.width * self.in_files
+
+    def _to_weights(self, *, weighed: bool) -> float:
+        """The linears with all other maps folded in, and once more in the precision that they are turned in; in files,
+        that alone, in 16 bits. If errors are weighed by activations, the tokens at the input of a layer, the second
+        moments that a rotation turns, and those of one layer's widest wire, summed, turned and factored."""
+        n = self.sizes
+        held = 2.0 if self.in_files else (6.0 if self.machine.device == "cpu" else 8.0)
+        if not weighed:
+            return held * n.linears
+        moments = 4.0 * n.layers * (2 * n.width**2 + n.score_width**2)
+        factors = 40.0 * n.layers * n.score_width**2  # of the value rotations, with what the way back needs
+        return (
+            held * n.linears
+            + 4.0 * calibration_tokens(self.recipe) * n.width
+            + moments
+            + max(factors, 40.0 * n.widest**2)
+        )
 
     def loss(self) -> float:
         """The logits of a chunk of tokens, and what a loss makes of them."""

@@ -10,17 +10,20 @@ from dataclasses import dataclass
 from spinfold.forecast.machine import Machine
 from spinfold.forecast.sizes import Sizes
 from spinfold.methods import METHODS
-from spinfold.methods.spinfold import GLOBAL, HEAD_ROWS, LOCAL, ROWS, TOKENS, weights_are_coarsest
+from spinfold.methods.spinfold import weights_are_coarsest
+from spinfold.methods.spinout import BATCH, STEPS
 from spinfold.recipe import Recipe
 from spinfold.rounding import MEASURED_WINDOWS, choices_of
 
-__all__ = ["Seconds", "calibration_tokens", "end_to_end_steps", "learns_down"]
+__all__ = ["Seconds", "calibration_tokens", "end_to_end_steps", "fit_window", "learns_down", "step_tokens"]
 
 GPU_PASSES = 0.25
 """The share of a CPU's passes that a GPU makes: its kernels do several in one."""
 GPU_LAYER = 0.035
 """Seconds that a layer takes on a GPU however small it is, each time that its linears are gone through one by one:
 launches, and factors of matrices that don't fill the device."""
+GPU_STEP = 0.005
+"""Seconds that a step of a fit to rows takes there, likewise."""
 
 
 def calibration_tokens(recipe: Recipe) -> float:
@@ -32,8 +35,20 @@ def end_to_end_steps(recipe: Recipe) -> int:
     """Steps that a fit goes back through the network; spinfold takes none by itself where weights are the coarsest."""
     if not METHODS[recipe.method].needs_backprop:
         return 0
-    by_itself = 0 if recipe.method == "spinfold" and weights_are_coarsest(recipe) else 100
+    by_itself = STEPS if recipe.method == "spinout" else 100
+    if recipe.method == "spinfold" and weights_are_coarsest(recipe):
+        by_itself = 0
     return by_itself if recipe.fit.steps is None else recipe.fit.steps
+
+
+def step_tokens(recipe: Recipe) -> int:
+    """Tokens of an end-to-end step."""
+    return (recipe.fit.batch or (BATCH if recipe.method == "spinout" else 8)) * fit_window(recipe)
+
+
+def fit_window(recipe: Recipe) -> int:
+    """Tokens of a window that a fit looks at."""
+    return recipe.fit.seq_len or recipe.calibration.seq_len
 
 
 def learns_down(recipe: Recipe) -> bool:
@@ -44,7 +59,7 @@ def learns_down(recipe: Recipe) -> bool:
 
 @dataclass(frozen=True)
 class Seconds:
-    """The formulas of time."""
+    """The formulas of time, but for those of fits (`fits`)."""
 
     sizes: Sizes
     recipe: Recipe
@@ -55,6 +70,9 @@ class Seconds:
 
     def one_by_one(self, times: float) -> float:
         return GPU_LAYER * times * self.sizes.layers * self.on_gpu
+
+    def launches(self, steps: float) -> float:
+        return GPU_STEP * steps * self.on_gpu
 
     @property
     def on_gpu(self) -> bool:
@@ -85,41 +103,6 @@ class Seconds:
         products = 2.0 * n.parameters * n.width / self.machine.products_fp64
         return self.passes(35.0 * n.parameters) + products + 2 * self.forward(256) + self.one_by_one(1)
 
-    def fit(self) -> float:
-        """Layer by layer, end to end, or, by spinfold, one after the other."""
-        method = METHODS[self.recipe.method]
-        end_to_end = end_to_end_steps(self.recipe) * self._step() if method.needs_backprop else 0.0
-        if method.name in ("none", "quarot") or (method.needs_backprop and method.name != "spinfold"):
-            return end_to_end
-        return end_to_end + self._layer_by_layer()
-
-    def _step(self) -> float:
-        """Forward, backward and quantizers; spinfold's loss has the original's logits too."""
-        n, fit = self.sizes, self.recipe.fit
-        tokens = float((fit.batch or 8) * (fit.seq_len or self.recipe.calibration.seq_len))
-        heads = 3 if self.recipe.method == "spinfold" else 2
-        network = self.forward(tokens) * (7 + 2 * fit.checkpointing) + 1.5 * self.head(tokens, 2) * heads / 2
-        network /= 2.2 if self.on_gpu else 1  # there it computes in 16 bits
-        network += self.passes(90.0 * tokens * n.layers * n.mlp_width) * learns_down(self.recipe)
-        return network + 60.0 * n.width**3 / self.machine.products_fp32
-
-    def _layer_by_layer(self) -> float:
-        """Products with the rotation, and the objective: of three layers a step in a fit to weights; spinfold turns
-        more rows, in 16 bits, and heads as well."""
-        n, fit = self.sizes, self.recipe.fit
-        steps = 300 if fit.steps is None else fit.steps
-        if not METHODS[self.recipe.method].needs_data:
-            numbers = 3.0 * n.linears / n.layers
-            return steps * (8.0 * numbers * n.width / self.machine.products + self.passes(80.0 * numbers))
-        rows, rate, heads = fit.batch or 4096, self.machine.products_fp32, 0.0
-        if self.recipe.method == "spinfold":  # its `fit` is of the end-to-end part
-            tokens = fit.tokens or TOKENS
-            steps, rows, rate = GLOBAL.steps, min(ROWS, 2 * n.layers * tokens), self.machine.products
-            head_rows = min(HEAD_ROWS, n.kv_heads * tokens)
-            heads = 2 * LOCAL.steps * self.passes(58.0 * head_rows * n.layers * n.head_dim)
-        step = 6.0 * rows * n.width**2 / rate + self.passes(58.0 * rows * n.width)
-        return self.forward(calibration_tokens(self.recipe)) + self.one_by_one(1) + steps * step + heads
-
     def rounding(self) -> float:
         """The search of ranges; with a Hessian also its products, its factor, and the columns one after the other; for
         a second stream its way through the network; learned, the steps through each layer."""
@@ -128,9 +111,9 @@ class Seconds:
             return self._search() + self.forward(2 * tokens) + self._learn()
         if method == "rtn" and self.recipe.rounding.absorb is None:
             share = min(1.0, MEASURED_WINDOWS / self.recipe.calibration.samples)
-            return self._search() + share * (self.forward(tokens, share=2.2) + self._hessians()) + self.one_by_one(1)
+            return self._search() + share * (self.forward(tokens, share=2.2) + self.hessians()) + self.one_by_one(1)
         again = 2 if method == "gptaq" else 1  # statistics, factors and columns of two kinds, and what W* takes
-        statistics = (2 * again - 1) * (self._hessians() + self._search())
+        statistics = (2 * again - 1) * (self.hessians() + self._search())
         seconds = self.forward(tokens, share=2.2 * again + (again - 1)) + statistics
         if method != "rtn":
             columns = self._columns() * (again + self._passes_over_columns())
@@ -144,14 +127,17 @@ class Seconds:
         search, tokens = self._search(), calibration_tokens(self.recipe)
         columns = 0.0 if self.recipe.rounding.method == "rtn" else self._factors() + self._columns()
         grids = len(choices_of("", self.recipe))
-        return self.forward(tokens, share=3.2) + self._hessians() + grids * (search + columns)
+        return self.forward(tokens, share=3.2) + self.hessians() + grids * (search + columns)
 
     def _search(self) -> float:
-        """The ranges of all weights; elements with an exponent take half as long again as integers."""
-        slower = 1.0 if self.recipe.format == "int" else 1.5
+        """The ranges of all weights; on a CPU grids of integers are the ones that are searched fast."""
+        format, slower = self.recipe.weight_format, 1.0
+        if self.recipe.format != "int":
+            slower = 1.5 if self.on_gpu else 6.0 if format and format.group_size else 2.5
         return slower * self.passes(self.sizes.linears * (300.0 if self.recipe.clip_search else 22.0))
 
-    def _hessians(self) -> float:
+    def hessians(self) -> float:
+        """Second moments of what all linears read."""
         n = self.sizes
         widths = 3 * n.width**2 + n.mlp_width**2
         return 2.0 * calibration_tokens(self.recipe) * n.layers * widths / self.machine.products_fp32

@@ -9,6 +9,7 @@ from spinfold.errors import Verdict
 from spinfold.evaluation.outliers import OUTLIER_WINDOWS
 from spinfold.evaluation.perplexity import TOKENS_PER_CHUNK
 from spinfold.folding import WORDS_AT_ONCE
+from spinfold.forecast.fits import fit_seconds
 from spinfold.forecast.machine import Machine
 from spinfold.forecast.memory import Bytes
 from spinfold.forecast.seconds import Seconds
@@ -126,9 +127,9 @@ class _Run:
             ends, layer = 8.0 * n.words * n.width, 4.0 * n.linears / n.layers
             network, rotated = ends + layer, 2 * ends + layer + 4.0 * (n.words + 2 * held) * n.width
         on_cpu = self.machine.device == "cpu"
-        fit = seconds.fit() + seconds.fold() + 2 * seconds.outliers(seen)
+        fit = fit_seconds(seconds) + seconds.fold() + 2 * seconds.outliers(seen)
         stages = [
-            self._stage("load model", 1.6 + 3.2 * (not on_cpu) + network / 1e9, network, 0.1e9),
+            self._stage("load model", 1.6 + 4.0 * (not on_cpu) + network / 1e9, network, 0.1e9),
             self._stage("read text", 4.5e-6 * self.text_tokens, network, 0),
             self._stage("evaluate original", seconds.forward(held) + seconds.head(held, 1), network, 2 * chunk),
             self._stage("fit and fold", fit, rotated, max(48.0 * WORDS_AT_ONCE * n.width, more.fit())),

@@ -25,9 +25,9 @@ from spinfold.maps import Map, Orthogonal, SiteMaps
 from spinfold.methods.base import FitTask, Method
 from spinfold.methods.quarot import hadamard_maps
 
-__all__ = ["DFROT", "massive"]
+__all__ = ["DFROT", "TURNS", "massive"]
 
-_TURNS, _GAMMA, _SHARE, _FALLBACK_BITS = 100, 100.0, 0.8, 4
+TURNS, _GAMMA, _SHARE, _FALLBACK_BITS = 100, 100.0, 0.8, 4
 
 
 def massive(x_SN: Tensor, share: float = _SHARE) -> Tensor:
@@ -54,7 +54,7 @@ def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
         x_SD,
         dense(maps.residual, x_SD.device),
         lambda y: fake_quantize(y, format),
-        _TURNS if recipe.fit.steps is None else recipe.fit.steps,
+        TURNS if recipe.fit.steps is None else recipe.fit.steps,
         progress=task.progress,
         journal=task.journal,
     )

@@ -21,10 +21,10 @@ from spinfold.maps import SiteMaps
 from spinfold.methods.base import FitTask, Method
 from spinfold.methods.quarot import hadamard_maps
 
-__all__ = ["KURTAIL", "TOKENS", "captured_for"]
+__all__ = ["KURTAIL", "ROWS", "TOKENS", "captured_for"]
 
 _DEFAULT = LayerwiseSettings(steps=300, learning_rate=0.03)
-TOKENS, _ROWS = 2048, 4096
+TOKENS, ROWS = 2048, 4096
 
 
 def captured_for(task: FitTask, tokens: int) -> Captured:
@@ -54,7 +54,7 @@ def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
         captured_for(task, TOKENS),
         {"residual": objective, "value": objective},
         {"residual": settings, "value": replace(settings, steps=min(settings.steps, 100))},
-        recipe.fit.batch or _ROWS,
+        recipe.fit.batch or ROWS,
         seed=recipe.seed,
         progress=task.progress,
         journal=task.journal,

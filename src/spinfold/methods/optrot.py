@@ -39,17 +39,17 @@ from spinfold.methods.quarot import hadamard_maps
 from spinfold.networks import Layer, Network
 from spinfold.recipe import Fit
 
-__all__ = ["OPTROT", "Cost", "fit_to_weights", "residual_term", "total_of", "value_term"]
+__all__ = ["LAYERS", "OPTROT", "RESIDUAL", "VALUE", "Cost", "fit_to_weights", "residual_term", "total_of", "value_term"]
 
 Cost = Callable[[str, Sequence[int], Tensor, Sequence[int], Tensor], Tensor]
 """`cost(wire, layers, w, heights, R)`: the cost, a scalar, of the rotated weights w `(L, O, I)` that read `wire` in
 `layers`; these are matrices of `heights`, one below the other.
 """
 
-_LAYERS = 3
+LAYERS = 3
 _LARGE = 1 << 28  # weights
-_RESIDUAL = LayerwiseSettings(steps=350, learning_rate=0.4, optimiser="spectral")
-_VALUE = LayerwiseSettings(steps=60, learning_rate=0.3, optimiser="spectral")
+RESIDUAL = LayerwiseSettings(steps=350, learning_rate=0.4, optimiser="spectral")
+VALUE = LayerwiseSettings(steps=60, learning_rate=0.3, optimiser="spectral")
 
 
 def total_of(objective: RowObjective) -> Cost:
@@ -170,12 +170,12 @@ def fit_to_weights(
         if not others.resident:  # every step needs some of it: all stays, in 16 bits, which is more than a fit needs
             others = others.held(torch.bfloat16)
         waiting_L = torch.full((len(others.layers),), -1)
-        term = residual_term(others, residual_cost(maps), fit.batch or _LAYERS, waiting_L, dtype)
+        term = residual_term(others, residual_cost(maps), fit.batch or LAYERS, waiting_L, dtype)
         del others
         R_DD, losses = fit_layerwise(
             dense(maps.residual, device),
             term,
-            settings(_RESIDUAL),
+            settings(RESIDUAL),
             seed=recipe.seed,
             progress=task.progress,
             journal=task.journal,
@@ -189,7 +189,7 @@ def fit_to_weights(
         B_LHH, losses = fit_layerwise(
             torch.stack([dense(one, device) for one in maps.value]),
             value_term(others, value_cost(maps), dtype),
-            settings(_VALUE),
+            settings(VALUE),
             seed=recipe.seed,
             progress=task.progress,
             journal=task.journal,

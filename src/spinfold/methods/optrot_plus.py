@@ -29,10 +29,13 @@ from spinfold.fitting.row_objectives import feedback
 from spinfold.maps import BlockDiagonal, Map, SiteMaps
 from spinfold.methods.base import FitTask, Method
 from spinfold.methods.optrot import Cost, fit_to_weights
+from spinfold.methods.quarot import hadamard_maps
 from spinfold.recipe import Fit
 
 __all__ = ["OPTROT_PLUS", "Bound", "error_bound", "fit_to_feedback"]
 
+_TURNED = ("qkv_input", "attention_out", "mlp_input")
+"""The wires that a fitted rotation turns."""
 Bound = Callable[[Tensor, Tensor], Tensor]
 """`bound(weights, feedback)`: the error, a scalar, of rotated weights `(L, O, I)` with feedback `(L, I)`."""
 
@@ -73,35 +76,42 @@ def _turned(moment_LII: Tensor, R: Tensor) -> Tensor:
     return torch.einsum("lahbk,lhx,lky->laxby", moment_LNHNH, R, R).flatten(3, 4).flatten(1, 2)
 
 
-def _in_basis(moment_LII: Tensor, maps: Sequence[Map | None]) -> Tensor:
-    """Mᵀ H M of each layer, in fp32."""
-    pairs = zip(moment_LII.double(), maps, strict=True)
-    return torch.stack([one.apply(one.apply(h_II).mT) if one else h_II for h_II, one in pairs]).float()
+def _in_basis(moment_II: Tensor, map: Map | None) -> Tensor:
+    """Mᵀ H M in fp32, the product in fp64."""
+    moment_II = moment_II.double()
+    return (moment_II if map is None else map.apply(map.apply(moment_II).mT)).float()
 
 
 def fit_to_feedback(task: FitTask, bound: Bound, fit: Fit | None = None) -> tuple[SiteMaps, FitLog]:
-    """Residual, then value rotations that lower `bound`, summed over all weights; `fit` as in `fit_to_weights`."""
+    """Residual, then value rotations that lower `bound`, summed over all weights; `fit` as in `fit_to_weights`.
+
+    The down wire's basis is fixed, so that of its moments, the largest, no more is kept than their feedback.
+    """
     recipe, layers, damp = task.recipe, task.network.layers, task.recipe.rounding.damp
     ids_WT = task.windows(recipe.fit.seq_len or recipe.calibration.seq_len, recipe.calibration.samples)
-    wires = ("qkv_input", "attention_out", "mlp_input", "down")
-    moments = second_moments(task.network, ids_WT, wires, compute=recipe.compute, progress=task.progress)
+    fixed, moments = hadamard_maps(task).to(task.network.device), dict[str, Tensor]()
+    down: list[Tensor] = []
+    seen = second_moments(task.network, ids_WT, (*_TURNED, "down"), compute=recipe.compute, progress=task.progress)
+    for layer, of_layer in seen:
+        for wire in _TURNED:
+            moment_II = of_layer[wire].float()
+            moments.setdefault(wire, moment_II.new_empty(len(layers), *moment_II.shape))[layer] = moment_II
+        down.append(feedback(_in_basis(of_layer["down"], fixed.at("down", layer)), damp))
+    down_LF = torch.stack(down)
 
-    def known(maps: SiteMaps, *wanted: str) -> dict[str, Tensor]:
-        here = maps.to(task.network.device)
-        basis: dict[str, list[Map | None]] = {
-            "qkv_input": [here.residual_at(2 * x.index) for x in layers],
-            "mlp_input": [here.residual_at(2 * x.index + 1) for x in layers],
-            "attention_out": [(one := here.at("value", x.index)) and BlockDiagonal(one, x.num_heads) for x in layers],
-            "down": [here.at("down", x.index) for x in layers],
-        }
-        return {wire: feedback(_in_basis(moments[wire], basis[wire]), damp) for wire in wanted}
+    def known(wire: str, maps: Sequence[Map | None]) -> dict[str, Tensor]:
+        pairs = zip(moments[wire], maps, strict=True)
+        return {wire: torch.stack([feedback(_in_basis(moment_II, map), damp) for moment_II, map in pairs])}
 
-    return fit_to_weights(
-        task,
-        lambda maps: _cost(bound, moments, known(maps, "attention_out", "down"), damp),
-        lambda maps: _cost(bound, moments, known(maps, "qkv_input"), damp),
-        fit,
-    )
+    def residual_cost(maps: SiteMaps) -> Cost:
+        values = [(one := maps.at("value", x.index)) and BlockDiagonal(one, x.num_heads) for x in layers]
+        return _cost(bound, moments, {"down": down_LF, **known("attention_out", values)}, damp)
+
+    def value_cost(maps: SiteMaps) -> Cost:
+        return _cost(bound, moments, known("qkv_input", [maps.residual_at(2 * x.index) for x in layers]), damp)
+
+    device = task.network.device
+    return fit_to_weights(task, lambda m: residual_cost(m.to(device)), lambda m: value_cost(m.to(device)), fit)
 
 
 def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:

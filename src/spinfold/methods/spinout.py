@@ -48,7 +48,14 @@ from spinfold.recipe import Recipe
 from spinfold.runtime import quantize_wires, quantized_wires
 
 __all__ = [
+    "BATCH",
+    "SCORE_WINDOWS",
     "SPINOUT",
+    "STEPS",
+    "TRIALS",
+    "TRIAL_STEPS",
+    "VALIDATION_WINDOWS",
+    "WATCHED_TOKENS",
     "Trials",
     "choose_layers",
     "fit_with_outliers",
@@ -57,11 +64,13 @@ __all__ = [
     "token_kurtosis",
 ]
 
-_STEPS, _BATCH, _GAMMA = 50, 4, 8.0
-_TRIAL_STEPS, _SCORE_WINDOWS, _VALIDATION_WINDOWS = 15, 32, 10
+STEPS, BATCH, _GAMMA = 50, 4, 8.0
+TRIAL_STEPS, SCORE_WINDOWS, VALIDATION_WINDOWS = 15, 32, 10
+TRIALS = 12
+"""About how many subsets a search tries: six nested ones, and those beside the cut."""
 _SIZES, _BESIDE_CUT = (1, 2, 4, 8), 4
 _SCORED_WIRES = (*OUTLIER_WIRES, "down")
-_TOKENS_PER_BATCH = 16384
+WATCHED_TOKENS = 16384
 
 Layers = frozenset[int]
 
@@ -101,12 +110,12 @@ class Trials:
 
     def __init__(self, task: FitTask, start: SiteMaps, injection: Injection, bar: Bar) -> None:
         fit, recipe = task.recipe.fit, task.recipe
-        steps, batch = fit.steps or 0, fit.batch or _BATCH
-        short = recipe.with_(fit__steps=min(steps, _TRIAL_STEPS))
+        steps, batch = fit.steps or 0, fit.batch or BATCH
+        short = recipe.with_(fit__steps=min(steps, TRIAL_STEPS))
         self.task = replace(task, recipe=short, progress=Quiet(), journal=Journal())  # a trial is kept as a whole
         self.start, self.injection, self.bar, self.journal = start, injection, bar, task.journal
         # beyond those of the fit, unless the text is too short for both
-        self.held_WT = task.windows(_seq_len(task), steps * batch + _SCORE_WINDOWS)[-_SCORE_WINDOWS:]
+        self.held_WT = task.windows(_seq_len(task), steps * batch + SCORE_WINDOWS)[-SCORE_WINDOWS:]
         self.unfitted, _ = learnable(start, task.network.device)
         self.clips = search_clips(task.network, recipe, self.held_WT[:CLIP_WINDOWS], self.unfitted)
         self.samples = 0
@@ -138,7 +147,7 @@ class Trials:
         found = {"loss": torch.zeros((), dtype=torch.float64), "samples": torch.zeros((), dtype=torch.int64)}
         for _ in self.journal.steps(1, found, key=f"layers {sorted(layers)}"):
             maps, log = fit_with_outliers(self.task, self.start, self.injection, layers)
-            found["loss"].fill_(self._loss(maps, self.held_WT[:_VALIDATION_WINDOWS], clips=log.clips))
+            found["loss"].fill_(self._loss(maps, self.held_WT[:VALIDATION_WINDOWS], clips=log.clips))
             found["samples"].fill_(self.samples + log.samples)
         loss, self.samples = float(found["loss"]), int(found["samples"])
         self.bar.advance(note=f"{len(layers)} layers: loss {loss:.3f}")
@@ -157,7 +166,7 @@ class Trials:
         total, own_WT = torch.zeros((), dtype=torch.float64), ids_WT[share(len(ids_WT))]
         try:
             with precision(pick_precision(recipe.compute, network.device), network.device):
-                for ids_BT in own_WT.split(max(1, _TOKENS_PER_BATCH // ids_WT.shape[1])) if len(own_WT) else ():
+                for ids_BT in own_WT.split(max(1, WATCHED_TOKENS // ids_WT.shape[1])) if len(own_WT) else ():
                     total += len(ids_BT) * float(next_token_loss(network, ids_BT.to(network.device)))
         finally:
             for take_off in undo:
@@ -213,8 +222,8 @@ def _suits(recipe: Recipe) -> Verdict:
 def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
     recipe = task.recipe
     mode = recipe.fit.injection or "safe"
-    steps = _STEPS if recipe.fit.steps is None else recipe.fit.steps
-    task = replace(task, recipe=recipe.with_(fit__steps=steps, fit__batch=recipe.fit.batch or _BATCH))
+    steps = STEPS if recipe.fit.steps is None else recipe.fit.steps
+    task = replace(task, recipe=recipe.with_(fit__steps=steps, fit__batch=recipe.fit.batch or BATCH))
     injection = Injection(recipe.fit.gamma or _GAMMA, compensated=mode == "safe", seed=recipe.seed)
     start = hadamard_maps(task, random_value=True)
     layers, searched = (frozenset[int](), 0) if mode == "none" else choose_layers(task, start, injection)
