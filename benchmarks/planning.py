@@ -41,7 +41,8 @@ RUNS = {
 }
 FULL = ["--samples", "64", "--seq-len", "2048"]
 SMALL = ["--samples", "8", "--seq-len", "256"]
-FEW_STEPS = {"fit": {"steps": 4, "batch": 4, "seq_len": 256, "layers": "kurtosis"}, "rounding": {"steps": 10}}
+FEW_STEPS = {"fit": {"steps": 4, "batch": 4, "seq_len": 256}, "rounding": {"steps": 10}}
+FEWER_STEPS = {"fit": {"steps": 2, "batch": 2, "seq_len": 256, "layers": "kurtosis"}}  # in each of SpinOut's trials
 LONG = ("spinquant, gptq", "spinfold, gptq", "quarot, autoround", "respinquant, rtn", "spinout, rtn")
 
 
@@ -75,7 +76,8 @@ def predicted_and_measured(options: argparse.Namespace, name: str, seconds: floa
     output = options.out / name.replace(", ", "-")
     sizes = SMALL if options.small else FULL
     if options.small and name in LONG:
-        (recipe := options.out / "few-steps.yaml").write_text(json.dumps({"schema_version": 1} | FEW_STEPS))
+        steps = FEWER_STEPS if name.startswith("spinout") else FEW_STEPS
+        (recipe := options.out / "few-steps.yaml").write_text(json.dumps({"schema_version": 1} | steps))
         sizes = [*sizes, "--recipe", str(recipe)]
     command = [sys.executable, "-m", "spinfold", "quantize", options.model, "-o", str(output), "--bits", "W4A4KV4"]
     command += [*RUNS[name], *sizes, "--calibration", options.calibration, "--device", options.device, "--json"]

@@ -30,7 +30,7 @@ from spinfold.networks import Network
 from spinfold.networks.sources import Checkpoint, resolve
 from spinfold.recipe import Recipe
 
-MACHINE = Machine("cpu", 3e11, 1e11, 5e10, 2e9, 10**12)
+MACHINE = Machine("cpu", 3e11, 1e11, 5e10, 2e9, 5e6, 10**12)
 CUDA = replace(MACHINE, device="cuda", free_device_bytes=10**12)
 
 
@@ -90,7 +90,7 @@ def test_more_of_anything_takes_no_less(checkpoint: Checkpoint, method: str, sam
 @given(st.floats(1.1, 100))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=20)
 def test_a_faster_machine_takes_less_time_and_the_same_memory(checkpoint: Checkpoint, times: float) -> None:
-    rates = ("products", "products_fp32", "products_fp64", "passes")
+    rates = ("products", "products_fp32", "products_fp64", "passes", "interpreter")
     fast = replace(MACHINE, **{name: times * getattr(MACHINE, name) for name in rates})
     slow, quick = predicted(checkpoint), predicted(checkpoint, fast)
     assert quick.seconds < slow.seconds

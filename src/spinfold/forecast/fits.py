@@ -19,6 +19,7 @@ from spinfold.forecast.seconds import (
     learns_down,
     step_tokens,
 )
+from spinfold.maps.manifold import TF32_WIDTH
 from spinfold.methods.dfrot import TURNS
 from spinfold.methods.kurtail import ROWS as KURTAIL_ROWS
 from spinfold.methods.optrot import LAYERS, RESIDUAL, VALUE
@@ -27,6 +28,8 @@ from spinfold.methods.spinout import SCORE_WINDOWS, TRIAL_STEPS, TRIALS, VALIDAT
 
 __all__ = ["FITS", "fit_seconds"]
 
+SIXTEEN_BITS = 2.5
+"""Products in 16 bits and their kernels, as fast as those of fp32 that a GPU's rate is measured with."""
 _STEPS = 300
 """Of a fit to activations."""
 
@@ -48,10 +51,21 @@ def _step(s: Seconds, rotations: int = 1) -> float:
     """Forward, backward and quantizers; spinfold's loss has the original's logits too."""
     n, tokens = s.sizes, float(step_tokens(s.recipe))
     heads = 3 if s.recipe.method == "spinfold" else 2
-    network = s.forward(tokens) * (7 + 2 * s.recipe.fit.checkpointing) + 1.5 * s.head(tokens, 2) * heads / 2
-    network /= 2.2 if s.on_gpu else 1  # there it computes in 16 bits
-    network += s.passes(90.0 * tokens * n.layers * n.mlp_width) * learns_down(s.recipe)
-    return network + 30.0 * rotations * n.width**3 / s.machine.products_fp32
+    head = 1.5 * s.head(tokens, 2) * heads / 2
+    network = _on_gpu(s, tokens) + head / SIXTEEN_BITS if s.on_gpu else (7 + 2 * s.again) * s.forward(tokens) + head
+    down = s.passes(90.0 * tokens * n.layers * n.mlp_width) * learns_down(s.recipe)
+    rate = s.machine.products if s.on_gpu and n.width >= TF32_WIDTH else s.machine.products_fp32
+    return network + down + 30.0 * rotations * n.width**3 / rate
+
+
+def _on_gpu(s: Seconds, tokens: float) -> float:
+    """In 16 bits: the layers forwards, perhaps again, and backwards to their inputs; eight products with a rotation at
+    each of the norms; passes, of which fused kernels leave a third; and what small kernels don't fill.
+    """
+    n, times = s.sizes, 2 + s.again
+    products = times * s.products(tokens) + 8 * 2 * n.layers * 2.0 * tokens * n.width**2
+    passes = 0.3 * (5 + 2 * times) * s.passes(s.numbers(tokens))
+    return products / (SIXTEEN_BITS * s.machine.products) + passes + 1.8e-7 * n.layers * tokens
 
 
 def _boundaries(s: Seconds) -> float:

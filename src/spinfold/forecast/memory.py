@@ -32,26 +32,39 @@ class Bytes:
     machine: Machine
     in_files: bool
 
-    def _pass_tokens(self) -> int:
-        """Tokens that are back-propagated through at once; 0 if the method does not."""
-        window, tokens = fit_window(self.recipe), step_tokens(self.recipe)
-        return max(window, min(tokens, Schedule.tokens_per_pass // window * window)) * (
-            end_to_end_steps(self.recipe) > 0
-        )
+    @property
+    def again(self) -> bool:
+        """Will a layer's activations be computed again on the way back, since all of them would not fit?"""
+        too_many = self.sizes.layers * self._layer() > GRAPH_SHARE * (self.machine.free_device_bytes or inf)
+        return too_many or self.in_files or self.recipe.fit.checkpointing
 
     def graph(self) -> float:
-        """What back-propagation through the decoder holds."""
-        n, tokens = self.sizes, self._pass_tokens()
-        per_layer = 4.0 * tokens * (5.5 * n.width + (3.5 + LEARNED_DOWN * learns_down(self.recipe)) * n.mlp_width)
-        again = n.layers * per_layer > GRAPH_SHARE * (self.machine.free_device_bytes or inf)
-        if again or self.in_files or self.recipe.fit.checkpointing:
-            return 4.0 * tokens * n.layers * n.width + per_layer
-        return n.layers * per_layer
+        """What back-propagation through the decoder holds: all of it, or a layer and the input of each."""
+        return self._inputs() + self._layer() if self.again else self.sizes.layers * self._layer()
 
     def fit(self) -> float:
-        """The graph, the logits, and on a GPU the copy in bf16 that is computed with; or what a fit in turns holds."""
+        """The graph, the logits, and on a GPU the copy in bf16 that is computed with; or what a fit in turns holds.
+
+        What a layer computes again is not there together with the logits.
+        """
         copy = 2.0 * self.sizes.parameters * (self._pass_tokens() > 0 and self.machine.device == "cuda")
-        return max(copy + self.graph() + self.loss(), self.layer_by_layer())
+        both = self._inputs() + max(self._layer(), self.loss()) if self.again else self.graph() + self.loss()
+        return max(copy + both, self.layer_by_layer())
+
+    def _pass_tokens(self) -> int:
+        """Tokens that are back-propagated through at once; 0 if the method does not."""
+        if not end_to_end_steps(self.recipe):
+            return 0
+        window, tokens = fit_window(self.recipe), step_tokens(self.recipe)
+        return max(window, min(tokens, Schedule.tokens_per_pass // window * window))
+
+    def _inputs(self) -> float:
+        return 4.0 * self._pass_tokens() * self.sizes.layers * self.sizes.width
+
+    def _layer(self) -> float:
+        n = self.sizes
+        mlp = (3.5 + LEARNED_DOWN * learns_down(self.recipe)) * n.mlp_width
+        return 4.0 * self._pass_tokens() * (5.5 * n.width + mlp)
 
     def layer_by_layer(self) -> float:
         """What a fit without back-propagation through the network holds."""

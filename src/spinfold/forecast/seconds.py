@@ -17,12 +17,14 @@ from spinfold.rounding import MEASURED_WINDOWS, choices_of
 
 __all__ = ["Seconds", "calibration_tokens", "end_to_end_steps", "fit_window", "learns_down", "step_tokens"]
 
+INTERPRETER = 6.9e6
+"""The rate of Python's loop where the seconds of loading and of reading text were measured."""
 GPU_PASSES = 0.25
 """The share of a CPU's passes that a GPU makes: its kernels do several in one."""
-GPU_LAYER = 0.035
+GPU_LAYER = 0.032
 """Seconds that a layer takes on a GPU however small it is, each time that its linears are gone through one by one:
 launches, and factors of matrices that don't fill the device."""
-GPU_STEP = 0.005
+GPU_STEP = 0.0045
 """Seconds that a step of a fit to rows takes there, likewise."""
 
 
@@ -64,12 +66,17 @@ class Seconds:
     sizes: Sizes
     recipe: Recipe
     machine: Machine
+    again: bool = False
+    """Are a layer's activations computed again on the way back?"""
 
     def passes(self, numbers: float) -> float:
         return numbers / self.machine.passes * (GPU_PASSES if self.on_gpu else 1)
 
     def one_by_one(self, times: float) -> float:
         return GPU_LAYER * times * self.sizes.layers * self.on_gpu
+
+    def in_python(self, seconds: float) -> float:
+        return seconds * INTERPRETER / self.machine.interpreter
 
     def launches(self, steps: float) -> float:
         return GPU_STEP * steps * self.on_gpu
@@ -80,10 +87,16 @@ class Seconds:
 
     def forward(self, tokens: float, *, share: float = 1.0) -> float:
         """The decoder without its head, or a share of each layer."""
+        return share * (self.products(tokens) / self.machine.products + self.passes(self.numbers(tokens)))
+
+    def products(self, tokens: float) -> float:
+        """Operations of the decoder's linears and its attention."""
         n, window = self.sizes, self.recipe.calibration.seq_len
-        products = tokens * (2 * n.active + 2 * n.layers * window * n.score_width)
-        passes = 43 * tokens * n.layers * (n.width + n.mlp_width)
-        return share * (products / self.machine.products + self.passes(passes))
+        return tokens * (2 * n.active + 2 * n.layers * window * n.score_width)
+
+    def numbers(self, tokens: float) -> float:
+        """That the decoder passes over, as often as it does on a CPU."""
+        return 43.0 * tokens * self.sizes.layers * (self.sizes.width + self.sizes.mlp_width)
 
     def head(self, tokens: float, times: int) -> float:
         """Logits and what is made of them, once or twice."""

@@ -23,6 +23,8 @@ PROCESS_BYTES, TOKENIZER_BYTES = 0.53e9, 0.28e9
 """Python with torch, transformers and a model class; what a tokenizer holds once it has read something."""
 BYTES_PER_TOKEN_READ = 500
 """What tokenizing leaves behind."""
+LOADING, LOADING_CUDA, READING = 1.1, 2.3, 3.3e-6
+"""Seconds for tokenizer and model class, for a GPU's libraries, and for a token of text."""
 CUDA_BYTES = 1.2e9
 """On the host, for the GPU's libraries."""
 KEPT_GRAPH, KEPT_LOSS = 0.83, 0.38
@@ -118,8 +120,8 @@ class _Run:
 
     def stages(self) -> list[StageForecast]:
         n, window = self.sizes, self.recipe.calibration.seq_len
-        seconds = Seconds(n, self.recipe, self.machine)
         more = Bytes(n, self.recipe, self.machine, self.in_files)
+        seconds = Seconds(n, self.recipe, self.machine, more.again)
         held, seen = max(self.held_out_tokens, window), min(OUTLIER_WINDOWS * window, self.held_out_tokens)
         network, chunk = 4.0 * n.parameters, 4.0 * n.words * min(held, TOKENS_PER_CHUNK[self.machine.device])
         rotated = 2 * network + 4.0 * (n.words + held) * n.width
@@ -129,8 +131,10 @@ class _Run:
         on_cpu = self.machine.device == "cpu"
         fit = fit_seconds(seconds) + seconds.fold() + 2 * seconds.outliers(seen)
         stages = [
-            self._stage("load model", 1.6 + 4.0 * (not on_cpu) + network / 1e9, network, 0.1e9),
-            self._stage("read text", 4.5e-6 * self.text_tokens, network, 0),
+            self._stage(
+                "load model", seconds.in_python(LOADING + LOADING_CUDA * (not on_cpu)) + network / 1e9, network, 0.1e9
+            ),
+            self._stage("read text", seconds.in_python(READING * self.text_tokens), network, 0),
             self._stage("evaluate original", seconds.forward(held) + seconds.head(held, 1), network, 2 * chunk),
             self._stage("fit and fold", fit, rotated, max(48.0 * WORDS_AT_ONCE * n.width, more.fit())),
         ]

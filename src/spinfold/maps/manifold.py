@@ -27,6 +27,7 @@ from spinfold.compute import products
 from spinfold.errors import SpinfoldError
 
 __all__ = [
+    "TF32_WIDTH",
     "CayleySGD",
     "RiemannianAdam",
     "StepRule",
@@ -43,7 +44,8 @@ __all__ = [
 StepRule = Literal["capped", "spectral"]
 
 _NEWTON_STEPS = 12
-_LARGE = 2048
+TF32_WIDTH = 2048
+"""From here on a GPU moves rotations by products in TF32."""
 _SOLVED = 256  # from here on a CPU solves faster than it multiplies the series of an inverse
 _STACKED = 1 << 26  # numbers of a stack: a step holds about ten times as many
 _DRIFT = 1e-5  # the optimisers keep max |RᵀR - I| at or below this
@@ -208,7 +210,7 @@ class _OrthogonalOptimiser(ABC):
             torch.nn.utils.clip_grad_norm_(self.params, self.clip_grad_norm)
         for index, stack in enumerate(self.stacks):
             G_SNN = torch.stack([torch.zeros_like(R_NN) if R_NN.grad is None else R_NN.grad for R_NN in stack])
-            large = stack[0].is_cuda and stack[0].shape[-1] >= _LARGE  # a step is coarse, and `_restore` is not
+            large = stack[0].is_cuda and stack[0].shape[-1] >= TF32_WIDTH  # a step is coarse, and `_restore` is not
             with products("tf32" if large else "fp32"):
                 moved_SNN = self._move(index, torch.stack(stack), G_SNN, self.lr * lr_scale)
             moved_SNN = _restore(moved_SNN)
