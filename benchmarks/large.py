@@ -396,6 +396,7 @@ PARTS: Mapping[str, tuple[Callable[[Sizes], dict[str, Any]], str]] = {
     "bases": (lambda s: fit(s, steps=4, bases=True), "≤ 25 min"),
     "fit": (fit, "≤ 6.5 min, ≤ 48 GB"),
     "layerwise": (lambda s: layerwise(s, "spinfold", fit__steps=0), "≤ 120 s, ≤ 24 GB"),
+    "weights": (lambda s: layerwise(s, "spinfold", bits="W4A16KV16"), "≤ 120 s, ≤ 24 GB"),
 }
 
 

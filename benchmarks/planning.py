@@ -73,6 +73,7 @@ def main() -> None:
 
 def predicted_and_measured(options: argparse.Namespace, name: str, seconds: float) -> dict[str, Any]:
     """Both: `seconds`, `memory`, `gpu` (None on a CPU), and `stages`, each name with its seconds and GPU bytes."""
+    os.sync()  # what the last run wrote is on the disk before the machine's rates are measured
     output = options.out / name.replace(", ", "-")
     sizes = SMALL if options.small else FULL
     if options.small and name in LONG:

@@ -188,6 +188,15 @@ def test_optrot_plus_lowers_its_bound(objective: str) -> None:
     assert log.losses[-1] < log.losses[0]
 
 
+def test_large_layers_take_turns_at_their_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    together, log = fit(tiny("llama"), recipe := recipe_of("optrot-plus"))
+    monkeypatch.setattr("spinfold.methods.optrot_plus.NUMBERS", 1)
+    in_turns, same = fit(tiny("llama"), recipe)
+    assert log.losses == pytest.approx(same.losses, rel=1e-4)
+    for (_, one), (_, other) in zip(together.each(), in_turns.each(), strict=True):
+        torch.testing.assert_close(other.matrix(), one.matrix(), rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("method", "objective"),
     [("kurtail", kurtosis), ("dartquant", kurtosis), ("dfrot", partial(rounding_error, format=IntFormat(4, True)))],

@@ -3,7 +3,7 @@
     seconds = products / (rate of products × the stage's efficiency) + passes over numbers / rate of passes
     bytes   = what the pipeline holds while the stage works, counted from config, headers and recipe
 
-Rates are measured for a second on the machine. Efficiencies and the few other constants were measured once, on
+Rates are measured for five seconds on the machine. Efficiencies and the few other constants were measured once, on
 SmolLM2 on a CPU (docs/planning.md); what they predict there is compared with what is measured.
 
 In bytes, with P parameters (head untied), D residual width, F MLP width, V words, held the tokens of the figures:

@@ -29,7 +29,9 @@ from spinfold.methods.spinout import SCORE_WINDOWS, TRIAL_STEPS, TRIALS, VALIDAT
 __all__ = ["FITS", "fit_seconds"]
 
 SIXTEEN_BITS = 2.5
-"""Products in 16 bits and their kernels, as fast as those of fp32 that a GPU's rate is measured with."""
+"""How many times as fast as the GPU's measured rate, which is of TF32, products in 16 bits are."""
+SMALL_KERNELS = 1.8e-7
+"""Seconds that a token of a step takes in each layer of a GPU's end-to-end fit beside products and passes."""
 _STEPS = 300
 """Of a fit to activations."""
 
@@ -65,7 +67,7 @@ def _on_gpu(s: Seconds, tokens: float) -> float:
     n, times = s.sizes, 2 + s.again
     products = times * s.products(tokens) + 8 * 2 * n.layers * 2.0 * tokens * n.width**2
     passes = 0.3 * (5 + 2 * times) * s.passes(s.numbers(tokens))
-    return products / (SIXTEEN_BITS * s.machine.products) + passes + 1.8e-7 * n.layers * tokens
+    return products / (SIXTEEN_BITS * s.machine.products) + passes + SMALL_KERNELS * n.layers * tokens
 
 
 def _boundaries(s: Seconds) -> float:

@@ -1,4 +1,4 @@
-"""What a machine can do: its rates of products and of passes over numbers, measured in a second, and its room."""
+"""What a machine can do: its rates of products and of passes over numbers, measured in five seconds, and its room."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class Machine:
     free_device_bytes: int | None = None
 
 
-_BURSTS, _BURST_SECONDS, _LOOP = 10, 0.05, 20_000
+_BURSTS, _BURST_SECONDS, _PAUSE, _LOOP = 10, 0.05, 0.3, 20_000
 _Work = tuple[Callable[[], object], int]
 """What to do, and how many operations or numbers that is."""
 
 
 def measure_machine(device: torch.device, compute: str = "auto") -> Machine:
-    """Measure rates for about a second, and what memory is free.
+    """Measure rates for about five seconds, and what memory is free.
 
-    A rate is that of the median repetition, in bursts that are spread over the second. The fastest would tell what the
+    A rate is that of the median repetition, in bursts with pauses between them. The fastest would tell what the
     machine can do, and the run will take what it does: two hardware threads that share a core's tiles, one of them
-    another's, multiply at full rate in one moment and at less than half in the next.
+    another's, multiply at full rate in one moment and at less than half in the next, for seconds at a time.
     """
     mode, on_cpu = pick_precision(compute, device), device.type == "cpu"
     numbers = torch.randn(1 << 22 if on_cpu else 1 << 25, device=device)
@@ -74,6 +74,7 @@ def measure_machine(device: torch.device, compute: str = "auto") -> Machine:
         for _ in range(_BURSTS):
             for name, (work, _) in works.items():
                 taken[name] += _burst(work, device)
+            time.sleep(_PAUSE)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     rates = {name: amount / median(taken[name]) for name, (_, amount) in works.items()}

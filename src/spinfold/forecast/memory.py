@@ -12,6 +12,7 @@ from spinfold.forecast.machine import Machine
 from spinfold.forecast.seconds import calibration_tokens, end_to_end_steps, fit_window, learns_down, step_tokens
 from spinfold.forecast.sizes import Sizes
 from spinfold.methods.kurtail import TOKENS as CAPTURED
+from spinfold.methods.optrot_plus import NUMBERS as FEEDBACK_NUMBERS
 from spinfold.methods.spinfold import TOKENS, WINDOWS, weights_are_coarsest
 from spinfold.recipe import Recipe
 from spinfold.rounding import MEASURED_WINDOWS
@@ -91,7 +92,7 @@ class Bytes:
         if not weighed:
             return held * n.linears
         moments = 4.0 * n.layers * (2 * n.width**2 + n.score_width**2)
-        factors = 40.0 * n.layers * n.score_width**2  # of the value rotations, with what the way back needs
+        factors = 40.0 * min(n.layers * n.score_width**2, FEEDBACK_NUMBERS)  # with what the way back needs
         return (
             held * n.linears
             + 4.0 * calibration_tokens(self.recipe) * n.width

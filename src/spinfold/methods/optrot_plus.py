@@ -17,9 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from spinfold.compute import precision
 from spinfold.fitting.capture import second_moments
@@ -32,10 +34,12 @@ from spinfold.methods.optrot import Cost, fit_to_weights
 from spinfold.methods.quarot import hadamard_maps
 from spinfold.recipe import Fit
 
-__all__ = ["OPTROT_PLUS", "Bound", "error_bound", "fit_to_feedback"]
+__all__ = ["NUMBERS", "OPTROT_PLUS", "Bound", "error_bound", "fit_to_feedback"]
 
 _TURNED = ("qkv_input", "attention_out", "mlp_input")
 """The wires that a fitted rotation turns."""
+NUMBERS = 1 << 26
+"""Of the moments that are turned and factored together; the way back needs them about ten times."""
 Bound = Callable[[Tensor, Tensor], Tensor]
 """`bound(weights, feedback)`: the error, a scalar, of rotated weights `(L, O, I)` with feedback `(L, I)`."""
 
@@ -57,14 +61,25 @@ def _cost(bound: Bound, moments: Mapping[str, Tensor], known: Mapping[str, Tenso
 
     def cost(wire: str, layers: Sequence[int], w_LOI: Tensor, heights: Sequence[int], R: Tensor) -> Tensor:
         index = torch.tensor(list(layers), device=R.device)
-        if wire in known:
-            variance_LI = known[wire][index]
-        else:
-            with precision("fp32", R.device):  # coarser products lose the small eigenvalues that the factor is about
-                variance_LI = feedback(_turned(moments[wire][index], R), damp)
+        variance_LI = known[wire][index] if wire in known else _turned_feedback(moments[wire][index], R, damp)
         return torch.stack([bound(one_LOI, variance_LI) for one_LOI in w_LOI.split(list(heights), 1)]).sum()
 
     return cost
+
+
+def _turned_feedback(moment_LII: Tensor, R: Tensor, damp: float) -> Tensor:
+    """Feedback `(L, I)` in the basis of R; of many large layers in parts, each made again on the way back."""
+
+    def one(moment_LII: Tensor, R: Tensor) -> Tensor:
+        with precision("fp32", R.device):  # coarser products lose the small eigenvalues that the factor is about
+            return feedback(_turned(moment_LII, R), damp)
+
+    parts = moment_LII.split(max(1, NUMBERS // moment_LII[0].numel()))
+    if len(parts) == 1:
+        return one(moment_LII, R)
+    turns = repeat(R) if R.ndim == 2 else R.split(len(parts[0]))
+    again = partial(checkpoint, one, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(part_LII, turn) for part_LII, turn in zip(parts, turns, strict=False)])
 
 
 def _turned(moment_LII: Tensor, R: Tensor) -> Tensor:

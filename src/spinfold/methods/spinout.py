@@ -66,7 +66,7 @@ __all__ = [
 
 STEPS, BATCH, _GAMMA = 50, 4, 8.0
 TRIAL_STEPS, SCORE_WINDOWS, VALIDATION_WINDOWS = 15, 32, 10
-TRIALS = 12
+TRIALS = 13
 """About how many subsets a search tries: six nested ones, and those beside the cut."""
 _SIZES, _BESIDE_CUT = (1, 2, 4, 8), 4
 _SCORED_WIRES = (*OUTLIER_WIRES, "down")
