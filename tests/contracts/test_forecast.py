@@ -25,6 +25,7 @@ from spinfold.cli import main
 from spinfold.errors import SpinfoldError
 from spinfold.forecast import Forecast, Machine, Sizes, forecast, measure_machine
 from spinfold.forecast import machine as forecast_machine
+from spinfold.forecast.fits import FITS
 from spinfold.methods import METHODS
 from spinfold.networks import Network
 from spinfold.networks.sources import Checkpoint, resolve
@@ -95,6 +96,21 @@ def test_a_faster_machine_takes_less_time_and_the_same_memory(checkpoint: Checkp
     slow, quick = predicted(checkpoint), predicted(checkpoint, fast)
     assert quick.seconds < slow.seconds
     assert quick.peak_bytes == slow.peak_bytes
+
+
+def test_every_method_has_a_forecast() -> None:
+    assert set(FITS) == set(METHODS)
+
+
+def test_bases_per_boundary_are_counted(checkpoint: Checkpoint) -> None:
+    def fit(**changes: Any) -> Any:
+        return next(x for x in predicted(checkpoint, fit__steps=10, **changes).stages if x.name == "fit and fold")
+
+    one, each = fit(method="spinquant"), fit(method="respinquant")
+    ours, ranked = fit(method="spinfold"), fit(method="spinfold", fit__rank=8)
+    for few, many in ((one, each), (ours, ranked)):
+        assert many.seconds > few.seconds
+        assert many.peak_bytes > few.peak_bytes
 
 
 def test_checkpointing_trades_time_for_memory(checkpoint: Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache, partial
 
 import pytest
@@ -190,7 +191,7 @@ def test_optrot_plus_lowers_its_bound(objective: str) -> None:
 
 def test_large_layers_take_turns_at_their_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     together, log = fit(tiny("llama"), recipe := recipe_of("optrot-plus"))
-    monkeypatch.setattr("spinfold.methods.optrot_plus.NUMBERS", 1)
+    monkeypatch.setattr(sys.modules["spinfold.methods.optrot_plus"], "NUMBERS", 1)
     in_turns, same = fit(tiny("llama"), recipe)
     assert log.losses == pytest.approx(same.losses, rel=1e-4)
     for (_, one), (_, other) in zip(together.each(), in_turns.each(), strict=True):

@@ -13,7 +13,7 @@ Shapes: W windows, T tokens (B windows of a batch, flattened), S captured rows, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -148,7 +148,7 @@ def stacked(captured: Captured, wire: str) -> Tensor:
 @torch.no_grad()
 def second_moments(
     network: Network, ids_WT: Tensor, wires: Sequence[str], *, compute: str = "auto", progress: Progress | None = None
-) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
     """H = E[xᵀ x] by wire, `(N, N)` in fp64, of each layer in its turn; heads and experts are pooled.
 
     All windows pass a layer before the next one, so that those of one layer can be made smaller, or used up, before
@@ -157,25 +157,26 @@ def second_moments(
     stream = Stream(network, ids_WT, compute, _tokens_per_batch(network), share(len(ids_WT)))
     with (progress or Quiet()).stage("capture activations", total=len(network.layers)) as bar:
         for layer in network.layers:
-            sums: dict[str, Tensor] = {}
-            handles = [layer.wire(wire).register_forward_hook(partial(_add_moment, sums, wire)) for wire in wires]
+            sums, rows = dict[str, Tensor](), dict[str, Tensor]()
+            handles = [layer.wire(wire).register_forward_hook(partial(_add_moment, sums, rows, wire)) for wire in wires]
             try:
                 stream.pass_through(layer)
             finally:
                 for handle in handles:
                     handle.remove()
             bar.advance()
-            yield layer.index, {wire: sum_NN[1:].div_(sum_NN[0, 0]) for wire, sum_NN in summed(sums).items()}
+            sums, rows = summed(sums), summed(rows)
+            yield layer.index, {wire: sums.pop(wire).div_(rows[wire]) for wire in wires}
 
 
-def _add_moment(sums: dict[str, Tensor], wire: str, _: nn.Module, __: object, x: Tensor) -> None:
-    """Add xᵀ x below a row that counts the rows of x."""
+def _add_moment(
+    sums: dict[str, Tensor], rows: dict[str, Tensor], wire: str, _: nn.Module, __: object, x: Tensor
+) -> None:
     x_TN = x.flatten(0, -2).float()
-    if wire not in sums:
-        sums[wire] = x.new_zeros(x.shape[-1] + 1, x.shape[-1], dtype=torch.float64)
     with precision("fp32", x.device):
-        sums[wire][1:] += x_TN.T @ x_TN
-    sums[wire][0] += len(x_TN)
+        moment_NN = (x_TN.T @ x_TN).double()
+    sums[wire] = sums[wire].add_(moment_NN) if wire in sums else moment_NN
+    rows[wire] = rows.get(wire, 0) + torch.tensor(len(x_TN))
 
 
 def channel_maxima(

@@ -22,7 +22,7 @@ from spinfold.fitting.journal import Journal
 from spinfold.networks import Network
 from spinfold.progress import Progress, Quiet
 
-__all__ = ["GRAPH_SHARE", "FitLog", "Optimizer", "Schedule", "fit_end_to_end", "graph_fits"]
+__all__ = ["GRAPH_SHARE", "FitLog", "Optimizer", "Schedule", "fit_end_to_end", "graph_fits", "numbers_of_token"]
 
 Loss = Callable[..., Tensor]
 GRAPH_SHARE = 0.6
@@ -76,15 +76,17 @@ class FitLog:
     clips: Mapping[str, float] = field(default_factory=dict)
 
 
-def graph_fits(network: Network, tokens: int, share: float = GRAPH_SHARE) -> bool:
-    """Do the activations that a pass over so many tokens holds fit into a share of what is free on the GPU?
+def numbers_of_token(width: int, mlp_width: int) -> float:
+    """What back-propagation through a layer keeps of a token, in fp32."""
+    return 5.5 * width + 3.5 * mlp_width
 
-    Counted as in `forecast`: of each token and layer 5.5 D + 3.5 F numbers in fp32.
-    """
+
+def graph_fits(network: Network, tokens: int, share: float = GRAPH_SHARE) -> bool:
+    """Do the activations that a pass over so many tokens holds fit into a share of what is free on the GPU?"""
     if network.device.type != "cuda":
         return True
     torch.cuda.empty_cache()
-    numbers = sum(5.5 * network.hidden_size + 3.5 * layer.mlp_width for layer in network.layers)
+    numbers = sum(numbers_of_token(network.hidden_size, layer.mlp_width) for layer in network.layers)
     return 4 * min(tokens, Schedule.tokens_per_pass) * numbers < share * torch.cuda.mem_get_info(network.device)[0]
 
 

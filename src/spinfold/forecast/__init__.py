@@ -1,10 +1,10 @@
 """What a run will take, said before any of it is done: seconds, memory and GPU memory of each stage.
 
-    seconds = products / (rate of products × the stage's efficiency) + passes over numbers / rate of passes
+    seconds = products / rate of products + passes over numbers / rate of passes + what Python and launches take
     bytes   = what the pipeline holds while the stage works, counted from config, headers and recipe
 
-Rates are measured for five seconds on the machine. Efficiencies and the few other constants were measured once, on
-SmolLM2 on a CPU (docs/planning.md); what they predict there is compared with what is measured.
+Rates are measured for five seconds on the machine. The numbers of passes and the few other constants were measured
+once, on a CPU and on an H100 (docs/planning.md); what they predict there is compared with what is measured.
 
 In bytes, with P parameters (head untied), D residual width, F MLP width, V words, held the tokens of the figures:
 

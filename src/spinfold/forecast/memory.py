@@ -5,13 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from spinfold.fitting.end_to_end import GRAPH_SHARE, Schedule
+import torch
+
+from spinfold.compute import pick_precision
+from spinfold.fitting.end_to_end import GRAPH_SHARE, Schedule, numbers_of_token
 from spinfold.fitting.layerwise import NUMBERS as PROCRUSTES_NUMBERS
 from spinfold.fitting.objectives import tokens_per_chunk
 from spinfold.forecast.machine import Machine
-from spinfold.forecast.seconds import calibration_tokens, end_to_end_steps, fit_window, learns_down, step_tokens
+from spinfold.forecast.seconds import (
+    calibration_tokens,
+    end_to_end_bases,
+    end_to_end_steps,
+    fit_tokens,
+    fit_window,
+    learns_down,
+    step_tokens,
+)
 from spinfold.forecast.sizes import Sizes
 from spinfold.methods.kurtail import TOKENS as CAPTURED
+from spinfold.methods.optrot import LARGE, LAYERS
 from spinfold.methods.optrot_plus import NUMBERS as FEEDBACK_NUMBERS
 from spinfold.methods.spinfold import TOKENS, WINDOWS, weights_are_coarsest
 from spinfold.recipe import Recipe
@@ -36,21 +48,34 @@ class Bytes:
     @property
     def again(self) -> bool:
         """Will a layer's activations be computed again on the way back, since all of them would not fit?"""
-        too_many = self.sizes.layers * self._layer() > GRAPH_SHARE * (self.machine.free_device_bytes or inf)
-        return too_many or self.in_files or self.recipe.fit.checkpointing
+        n, free = self.sizes, self.machine.free_device_bytes or inf
+        graph = 4.0 * self._pass_tokens() * n.layers * numbers_of_token(n.width, n.mlp_width)
+        return self.in_files or self.recipe.fit.checkpointing or graph > GRAPH_SHARE * (free - 10.0 * n.parameters)
+
+    def fit(self) -> float:
+        """End to end, or layer by layer, whichever holds more."""
+        return max(self._end_to_end(), self._layer_by_layer())
 
     def graph(self) -> float:
         """What back-propagation through the decoder holds: all of it, or a layer and the input of each."""
         return self._inputs() + self._layer() if self.again else self.sizes.layers * self._layer()
 
-    def fit(self) -> float:
-        """The graph, the logits, and on a GPU the copy in bf16 that is computed with; or what a fit in turns holds.
+    def loss(self) -> float:
+        """The logits of a chunk of tokens, and what a loss makes of them."""
+        words = self.sizes.words
+        return 5.75 * 4.0 * words * min(self._pass_tokens(), tokens_per_chunk(words))
+
+    def _end_to_end(self) -> float:
+        """The graph, the logits, on a GPU the copy in bf16 that is computed with, and the bases with their gradients.
 
         What a layer computes again is not there together with the logits.
         """
-        copy = 2.0 * self.sizes.parameters * (self._pass_tokens() > 0 and self.machine.device == "cuda")
-        both = self._inputs() + max(self._layer(), self.loss()) if self.again else self.graph() + self.loss()
-        return max(copy + both, self.layer_by_layer())
+        if not self._pass_tokens():
+            return 0.0
+        n = self.sizes
+        copy = 2.0 * n.parameters * (self.machine.device == "cuda")
+        together = self._inputs() + max(self._layer(), self.loss()) if self.again else self.graph() + self.loss()
+        return copy + together + 8.0 * end_to_end_bases(self.recipe, n.layers) * n.width**2
 
     def _pass_tokens(self) -> int:
         """Tokens that are back-propagated through at once; 0 if the method does not."""
@@ -64,46 +89,50 @@ class Bytes:
 
     def _layer(self) -> float:
         n = self.sizes
-        mlp = (3.5 + LEARNED_DOWN * learns_down(self.recipe)) * n.mlp_width
-        return 4.0 * self._pass_tokens() * (5.5 * n.width + mlp)
+        down = LEARNED_DOWN * n.mlp_width * learns_down(self.recipe)
+        return 4.0 * self._pass_tokens() * (numbers_of_token(n.width, n.mlp_width) + down)
 
-    def layer_by_layer(self) -> float:
-        """What a fit without back-propagation through the network holds."""
-        name = self.recipe.method
+    def _layer_by_layer(self) -> float:
+        """What a fit without back-propagation through the network holds: a number for each that it keeps of the text,
+        and in files the stream of the text; or what a fit to weights does."""
+        n, fit, name = self.sizes, self.recipe.fit, self.recipe.method
         if name in ("optrot", "optrot-plus") or (name == "spinfold" and weights_are_coarsest(self.recipe)):
             return self._to_weights(weighed=name != "optrot")
-        n, fit = self.sizes, self.recipe.fit
         if name == "dfrot":
-            rows = 2.0 * n.layers * (fit.tokens or (fit.batch or 1) * fit_window(self.recipe)) * n.width
-            return 4.0 * rows + 24.0 * min(rows, PROCRUSTES_NUMBERS)
+            window = (fit.batch or 1) * fit_window(self.recipe)
+            numbers = 2.0 * n.layers * min(fit.tokens or window, window) * n.width
+            return 4.0 * numbers + max(4.0 * numbers, 24.0 * min(numbers, PROCRUSTES_NUMBERS))
         if name not in ("spinfold", "kurtail", "dartquant"):
             return 0.0
         rows, itemsize = (TOKENS, 4.0) if name == "spinfold" else (CAPTURED, 2.0)
-        windows = WINDOWS if name == "spinfold" else self.recipe.calibration.samples
+        tokens = WINDOWS * self.recipe.calibration.seq_len if name == "spinfold" else fit_tokens(self.recipe)
         kept = itemsize * (fit.tokens or rows) * n.layers * (2 * n.width + 2 * n.kv_heads * n.head_dim)
-        return kept + 4.0 * windows * self.recipe.calibration.seq_len * n.width * self.in_files
+        return kept + 4.0 * tokens * n.width * self.in_files
 
     def _to_weights(self, *, weighed: bool) -> float:
-        """The linears with all other maps folded in, and once more in the precision that they are turned in; in files,
-        that alone, in 16 bits. If errors are weighed by activations, the tokens at the input of a layer, the second
-        moments that a rotation turns, and those of one layer's widest wire, summed, turned and factored."""
-        n = self.sizes
-        held = 2.0 if self.in_files else (6.0 if self.machine.device == "cpu" else 8.0)
-        if not weighed:
-            return held * n.linears
-        moments = 4.0 * n.layers * (2 * n.width**2 + n.score_width**2)
-        factors = 40.0 * min(n.layers * n.score_width**2, FEEDBACK_NUMBERS)  # with what the way back needs
-        return (
-            held * n.linears
-            + 4.0 * calibration_tokens(self.recipe) * n.width
-            + moments
-            + max(factors, 40.0 * n.widest**2)
-        )
+        """The linears with all other maps folded in, in files in 16 bits, and unless a step's are large once more in
+        the precision that they are turned in.
 
-    def loss(self) -> float:
-        """The logits of a chunk of tokens, and what a loss makes of them."""
-        words = self.sizes.words
-        return 5.75 * 4.0 * words * min(self._pass_tokens(), tokens_per_chunk(words))
+        If errors are weighed by activations, also the tokens at the input of a layer, the second moments that a
+        rotation turns, and the larger of two: one layer's sums and what is made of its widest, or the factors of the
+        moments that are turned together, with what the way back needs.
+        """
+        n = self.sizes
+        if self.in_files:
+            linears = 2.0
+        elif LAYERS * n.linears / n.layers > LARGE:
+            linears = 4.0
+        else:
+            turned_in_bf16 = pick_precision(self.recipe.compute, torch.device(self.machine.device)) == "bf16"
+            linears = 4.0 + (2.0 if turned_in_bf16 else 4.0)
+        weights = linears * n.linears
+        if not weighed:
+            return weights
+        stream = 4.0 * fit_tokens(self.recipe) * n.width
+        moments = 4.0 * n.layers * (2 * n.width**2 + n.score_width**2)
+        sums = 8.0 * (2 * n.width**2 + n.score_width**2 + n.mlp_width**2) + 24.0 * n.widest**2
+        factors = 40.0 * min(n.layers * n.score_width**2, FEEDBACK_NUMBERS)
+        return weights + stream + moments + max(sums, factors)
 
     def rounding(self) -> float:
         """The streams of all calibration windows, one or two, and the Hessian with its factors; less to nearest, which

@@ -1,6 +1,6 @@
 """How long the parts of a run take: products over the machine's rate of products, and passes over its rate of passes.
 
-The numbers of passes were measured once, on SmolLM2 on a CPU; the two constants of a GPU likewise (docs/planning.md).
+The numbers of passes were measured once, on SmolLM2 on a CPU, and what is of a GPU on an H100 (docs/planning.md).
 """
 
 from __future__ import annotations
@@ -9,13 +9,21 @@ from dataclasses import dataclass
 
 from spinfold.forecast.machine import Machine
 from spinfold.forecast.sizes import Sizes
-from spinfold.methods import METHODS
+from spinfold.methods import METHODS, spinout, spinquant
 from spinfold.methods.spinfold import weights_are_coarsest
-from spinfold.methods.spinout import BATCH, STEPS
-from spinfold.recipe import Recipe
+from spinfold.recipe import Bits, Recipe
 from spinfold.rounding import MEASURED_WINDOWS, choices_of
 
-__all__ = ["Seconds", "calibration_tokens", "end_to_end_steps", "fit_window", "learns_down", "step_tokens"]
+__all__ = [
+    "Seconds",
+    "calibration_tokens",
+    "end_to_end_bases",
+    "end_to_end_steps",
+    "fit_tokens",
+    "fit_window",
+    "learns_down",
+    "step_tokens",
+]
 
 INTERPRETER = 6.9e6
 """The rate of Python's loop where the seconds of loading and of reading text were measured."""
@@ -33,24 +41,38 @@ def calibration_tokens(recipe: Recipe) -> float:
     return float(recipe.calibration.samples * recipe.calibration.seq_len)
 
 
+def fit_window(recipe: Recipe) -> int:
+    """Tokens of a window that a fit looks at."""
+    return recipe.fit.seq_len or recipe.calibration.seq_len
+
+
+def fit_tokens(recipe: Recipe) -> int:
+    """Of all windows that a fit without back-propagation looks at."""
+    return recipe.calibration.samples * fit_window(recipe)
+
+
 def end_to_end_steps(recipe: Recipe) -> int:
     """Steps that a fit goes back through the network; spinfold takes none by itself where weights are the coarsest."""
     if not METHODS[recipe.method].needs_backprop:
         return 0
-    by_itself = STEPS if recipe.method == "spinout" else 100
-    if recipe.method == "spinfold" and weights_are_coarsest(recipe):
-        by_itself = 0
+    by_itself = spinout.STEPS if recipe.method == "spinout" else spinquant.STEPS
+    if recipe.method == "spinfold":
+        if min(Bits.parse(recipe.bits)) == 16:
+            return 0
+        by_itself *= not weights_are_coarsest(recipe)
     return by_itself if recipe.fit.steps is None else recipe.fit.steps
 
 
 def step_tokens(recipe: Recipe) -> int:
     """Tokens of an end-to-end step."""
-    return (recipe.fit.batch or (BATCH if recipe.method == "spinout" else 8)) * fit_window(recipe)
+    by_itself = spinout.BATCH if recipe.method == "spinout" else spinquant.BATCH
+    return (recipe.fit.batch or by_itself) * fit_window(recipe)
 
 
-def fit_window(recipe: Recipe) -> int:
-    """Tokens of a window that a fit looks at."""
-    return recipe.fit.seq_len or recipe.calibration.seq_len
+def end_to_end_bases(recipe: Recipe, layers: int) -> int:
+    """Residual rotations that an end-to-end fit moves: one, or one for each block boundary."""
+    each = recipe.method == "respinquant" or (recipe.method == "spinfold" and bool(recipe.fit.rank))
+    return 2 * layers if each and not (recipe.method == "spinfold" and weights_are_coarsest(recipe)) else 1
 
 
 def learns_down(recipe: Recipe) -> bool:
@@ -66,7 +88,7 @@ class Seconds:
     sizes: Sizes
     recipe: Recipe
     machine: Machine
-    again: bool = False
+    again: bool
     """Are a layer's activations computed again on the way back?"""
 
     def passes(self, numbers: float) -> float:
@@ -124,9 +146,10 @@ class Seconds:
             return self._search() + self.forward(2 * tokens) + self._learn()
         if method == "rtn" and self.recipe.rounding.absorb is None:
             share = min(1.0, MEASURED_WINDOWS / self.recipe.calibration.samples)
-            return self._search() + share * (self.forward(tokens, share=2.2) + self.hessians()) + self.one_by_one(1)
+            measured = self.forward(tokens, share=2.2) + self.hessians(tokens)
+            return self._search() + share * measured + self.one_by_one(1)
         again = 2 if method == "gptaq" else 1  # statistics, factors and columns of two kinds, and what W* takes
-        statistics = (2 * again - 1) * (self.hessians() + self._search())
+        statistics = (2 * again - 1) * (self.hessians(tokens) + self._search())
         seconds = self.forward(tokens, share=2.2 * again + (again - 1)) + statistics
         if method != "rtn":
             columns = self._columns() * (again + self._passes_over_columns())
@@ -140,20 +163,25 @@ class Seconds:
         search, tokens = self._search(), calibration_tokens(self.recipe)
         columns = 0.0 if self.recipe.rounding.method == "rtn" else self._factors() + self._columns()
         grids = len(choices_of("", self.recipe))
-        return self.forward(tokens, share=3.2) + self.hessians() + grids * (search + columns)
+        return self.forward(tokens, share=3.2) + self.hessians(tokens) + grids * (search + columns)
 
     def _search(self) -> float:
-        """The ranges of all weights; on a CPU grids of integers are the ones that are searched fast."""
-        format, slower = self.recipe.weight_format, 1.0
-        if self.recipe.format != "int":
-            slower = 1.5 if self.on_gpu else 6.0 if format and format.group_size else 2.5
-        return slower * self.passes(self.sizes.linears * (300.0 if self.recipe.clip_search else 22.0))
+        """The ranges of all weights."""
+        return self._elements() * self.passes(self.sizes.linears * (300.0 if self.recipe.clip_search else 22.0))
 
-    def hessians(self) -> float:
+    def _elements(self) -> float:
+        """How much longer a search lasts than over integers; on a CPU their grids are the ones that are made fast."""
+        if self.recipe.format == "int":
+            return 1.0
+        if self.on_gpu:
+            return 1.5
+        grid = self.recipe.weight_format
+        return 6.0 if grid and grid.group_size else 2.5
+
+    def hessians(self, tokens: float) -> float:
         """Second moments of what all linears read."""
         n = self.sizes
-        widths = 3 * n.width**2 + n.mlp_width**2
-        return 2.0 * calibration_tokens(self.recipe) * n.layers * widths / self.machine.products_fp32
+        return 2.0 * tokens * n.layers * (3 * n.width**2 + n.mlp_width**2) / self.machine.products_fp32
 
     def _factors(self) -> float:
         n = self.sizes

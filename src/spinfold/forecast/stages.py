@@ -93,8 +93,7 @@ def forecast(
     """The stages of `spinfold.quantize` for a checkpoint whose headers alone have been read.
 
     `text_tokens` of the calibration text are tokenized; on `held_out_tokens` the figures are measured. Baselines
-    and searches of clip ratios are not counted; where a method that is fitted layer by layer has its own number of
-    steps, 300 are.
+    and searches of clip ratios are not counted.
     """
     in_files = stays_in_files(checkpoint, machine)
     run = _Run(Sizes.of(checkpoint), recipe, machine, text_tokens, held_out_tokens, in_files)

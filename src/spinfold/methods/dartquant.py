@@ -19,14 +19,13 @@ from spinfold.fitting.layerwise import LayerwiseSettings, choose, fit_to_activat
 from spinfold.fitting.row_objectives import unit_rms, whip
 from spinfold.maps import SiteMaps
 from spinfold.methods.base import FitTask, Method
-from spinfold.methods.kurtail import TOKENS, captured_for
+from spinfold.methods.kurtail import ROWS, STEPS, TOKENS, VALUE_STEPS, captured_for
 from spinfold.methods.quarot import hadamard_maps
 
 __all__ = ["DARTQUANT"]
 
-_RESIDUAL = LayerwiseSettings(steps=300, learning_rate=1e-2, optimiser="qr")
-_VALUE = LayerwiseSettings(steps=100, learning_rate=1e-3, optimiser="qr")
-_ROWS = 4096
+_RESIDUAL = LayerwiseSettings(steps=STEPS, learning_rate=1e-2, optimiser="qr")
+_VALUE = LayerwiseSettings(steps=VALUE_STEPS, learning_rate=1e-3, optimiser="qr")
 
 
 def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
@@ -45,7 +44,7 @@ def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
             "residual": residual,
             "value": replace(residual, steps=min(residual.steps, _VALUE.steps), learning_rate=_VALUE.learning_rate),
         },
-        recipe.fit.batch or _ROWS,
+        recipe.fit.batch or ROWS,
         seed=recipe.seed,
         progress=task.progress,
         journal=task.journal,

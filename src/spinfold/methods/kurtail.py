@@ -21,9 +21,10 @@ from spinfold.maps import SiteMaps
 from spinfold.methods.base import FitTask, Method
 from spinfold.methods.quarot import hadamard_maps
 
-__all__ = ["KURTAIL", "ROWS", "TOKENS", "captured_for"]
+__all__ = ["KURTAIL", "ROWS", "STEPS", "TOKENS", "VALUE_STEPS", "captured_for"]
 
-_DEFAULT = LayerwiseSettings(steps=300, learning_rate=0.03)
+STEPS, VALUE_STEPS = 300, 100
+_DEFAULT = LayerwiseSettings(steps=STEPS, learning_rate=0.03)
 TOKENS, ROWS = 2048, 4096
 
 
@@ -53,7 +54,7 @@ def _fit(task: FitTask) -> tuple[SiteMaps, FitLog]:
         hadamard_maps(task, random_value=True),
         captured_for(task, TOKENS),
         {"residual": objective, "value": objective},
-        {"residual": settings, "value": replace(settings, steps=min(settings.steps, 100))},
+        {"residual": settings, "value": replace(settings, steps=min(settings.steps, VALUE_STEPS))},
         recipe.fit.batch or ROWS,
         seed=recipe.seed,
         progress=task.progress,

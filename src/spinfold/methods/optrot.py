@@ -39,7 +39,18 @@ from spinfold.methods.quarot import hadamard_maps
 from spinfold.networks import Layer, Network
 from spinfold.recipe import Fit
 
-__all__ = ["LAYERS", "OPTROT", "RESIDUAL", "VALUE", "Cost", "fit_to_weights", "residual_term", "total_of", "value_term"]
+__all__ = [
+    "LARGE",
+    "LAYERS",
+    "OPTROT",
+    "RESIDUAL",
+    "VALUE",
+    "Cost",
+    "fit_to_weights",
+    "residual_term",
+    "total_of",
+    "value_term",
+]
 
 Cost = Callable[[str, Sequence[int], Tensor, Sequence[int], Tensor], Tensor]
 """`cost(wire, layers, w, heights, R)`: the cost, a scalar, of the rotated weights w `(L, O, I)` that read `wire` in
@@ -47,7 +58,7 @@ Cost = Callable[[str, Sequence[int], Tensor, Sequence[int], Tensor], Tensor]
 """
 
 LAYERS = 3
-_LARGE = 1 << 28  # weights
+LARGE = 1 << 28  # weights
 RESIDUAL = LayerwiseSettings(steps=350, learning_rate=0.4, optimiser="spectral")
 VALUE = LayerwiseSettings(steps=60, learning_rate=0.3, optimiser="spectral")
 
@@ -74,7 +85,7 @@ def residual_term(
     """
     num_layers = len(network.layers)
     drawn = min(layers_per_step, num_layers)
-    large = drawn * max(sum(x.weight_OI.numel() for x in layer.foldable) for layer in network.layers) > _LARGE
+    large = drawn * max(sum(x.weight_OI.numel() for x in layer.foldable) for layer in network.layers) > LARGE
     weights_of = _weights_of(network, dtype, hold=not large)
     heights_of = [
         {wire: [len(x.weight_OI) for x in linears] for wire, linears in layer.groups.items()}

@@ -16,6 +16,7 @@ Shapes: L layers, O out features, I in features, G groups of g neighbours, H hea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import repeat
 
@@ -60,7 +61,7 @@ def _cost(bound: Bound, moments: Mapping[str, Tensor], known: Mapping[str, Tenso
     """Feedback from `known` `(L, I)` by wire, or else from the wire's second moment `(L, I, I)`, turned by R."""
 
     def cost(wire: str, layers: Sequence[int], w_LOI: Tensor, heights: Sequence[int], R: Tensor) -> Tensor:
-        index = torch.tensor(list(layers), device=R.device)
+        index = torch.tensor(list(layers), dtype=torch.int64, device=R.device)
         variance_LI = known[wire][index] if wire in known else _turned_feedback(moments[wire][index], R, damp)
         return torch.stack([bound(one_LOI, variance_LI) for one_LOI in w_LOI.split(list(heights), 1)]).sum()
 
@@ -74,8 +75,8 @@ def _turned_feedback(moment_LII: Tensor, R: Tensor, damp: float) -> Tensor:
         with precision("fp32", R.device):  # coarser products lose the small eigenvalues that the factor is about
             return feedback(_turned(moment_LII, R), damp)
 
-    parts = moment_LII.split(max(1, NUMBERS // moment_LII[0].numel()))
-    if len(parts) == 1:
+    parts = moment_LII.split(max(1, NUMBERS // moment_LII.shape[-1] ** 2))
+    if len(parts) == 1:  # or none, of a process without a layer
         return one(moment_LII, R)
     turns = repeat(R) if R.ndim == 2 else R.split(len(parts[0]))
     again = partial(checkpoint, one, use_reentrant=False, preserve_rng_state=False)
@@ -104,14 +105,19 @@ def fit_to_feedback(task: FitTask, bound: Bound, fit: Fit | None = None) -> tupl
     """
     recipe, layers, damp = task.recipe, task.network.layers, task.recipe.rounding.damp
     ids_WT = task.windows(recipe.fit.seq_len or recipe.calibration.seq_len, recipe.calibration.samples)
-    fixed, moments = hadamard_maps(task).to(task.network.device), dict[str, Tensor]()
-    down: list[Tensor] = []
-    seen = second_moments(task.network, ids_WT, (*_TURNED, "down"), compute=recipe.compute, progress=task.progress)
-    for layer, of_layer in seen:
-        for wire in _TURNED:
-            moment_II = of_layer[wire].float()
-            moments.setdefault(wire, moment_II.new_empty(len(layers), *moment_II.shape))[layer] = moment_II
-        down.append(feedback(_in_basis(of_layer["down"], fixed.at("down", layer)), damp))
+    fixed = hadamard_maps(task).to(task.network.device)  # at the down site what the fit to weights has, too
+    moments, down = dict[str, Tensor](), list[Tensor]()
+    wires = (*_TURNED, "down")
+    seen = second_moments(task.network, ids_WT, wires, compute=recipe.compute, progress=task.progress)
+    with closing(seen):
+        for layer, of_layer in seen:
+            for wire in _TURNED:
+                moment_II = of_layer.pop(wire)
+                if wire not in moments:
+                    moments[wire] = torch.empty(len(layers), *moment_II.shape, device=moment_II.device)
+                moments[wire][layer] = moment_II
+            down.append(feedback(_in_basis(of_layer.pop("down"), fixed.at("down", layer)), damp))
+            del moment_II  # before the next layer has its own
     down_LF = torch.stack(down)
 
     def known(wire: str, maps: Sequence[Map | None]) -> dict[str, Tensor]:

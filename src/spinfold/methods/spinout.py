@@ -52,10 +52,9 @@ __all__ = [
     "SCORE_WINDOWS",
     "SPINOUT",
     "STEPS",
-    "TRIALS",
+    "TOKENS_PER_BATCH",
     "TRIAL_STEPS",
     "VALIDATION_WINDOWS",
-    "WATCHED_TOKENS",
     "Trials",
     "choose_layers",
     "fit_with_outliers",
@@ -66,11 +65,9 @@ __all__ = [
 
 STEPS, BATCH, _GAMMA = 50, 4, 8.0
 TRIAL_STEPS, SCORE_WINDOWS, VALIDATION_WINDOWS = 15, 32, 10
-TRIALS = 13
-"""About how many subsets a search tries: six nested ones, and those beside the cut."""
 _SIZES, _BESIDE_CUT = (1, 2, 4, 8), 4
 _SCORED_WIRES = (*OUTLIER_WIRES, "down")
-WATCHED_TOKENS = 16384
+TOKENS_PER_BATCH = 16384
 
 Layers = frozenset[int]
 
@@ -166,7 +163,7 @@ class Trials:
         total, own_WT = torch.zeros((), dtype=torch.float64), ids_WT[share(len(ids_WT))]
         try:
             with precision(pick_precision(recipe.compute, network.device), network.device):
-                for ids_BT in own_WT.split(max(1, WATCHED_TOKENS // ids_WT.shape[1])) if len(own_WT) else ():
+                for ids_BT in own_WT.split(max(1, TOKENS_PER_BATCH // ids_WT.shape[1])) if len(own_WT) else ():
                     total += len(ids_BT) * float(next_token_loss(network, ids_BT.to(network.device)))
         finally:
             for take_off in undo:

@@ -40,8 +40,9 @@ from spinfold.networks import Network, hidden_in_batches
 from spinfold.recipe import Recipe
 from spinfold.runtime import quantize_wires, round_weights_through
 
-__all__ = ["SPINQUANT", "fit_on_loss", "learnable", "settled"]
+__all__ = ["BATCH", "SPINQUANT", "STEPS", "fit_on_loss", "learnable", "settled"]
 
+STEPS, BATCH = 100, 8
 _DENSE_SIZE = 4096
 _KEPT_BYTES = 2 << 30
 _TOKENS_PER_BATCH = 16384
@@ -105,8 +106,8 @@ def fit_on_loss(
     """
     fit, network = task.recipe.fit, task.network
     mode, weights = _precision(task), _weight_format(task.recipe)
-    seq_len, batch = fit.seq_len or task.recipe.calibration.seq_len, fit.batch or 8
-    steps = 100 if fit.steps is None else fit.steps
+    seq_len, batch = fit.seq_len or task.recipe.calibration.seq_len, fit.batch or BATCH
+    steps = STEPS if fit.steps is None else fit.steps
     ids_NT = task.windows(seq_len, steps * batch)
     clips = search_clips(network, task.recipe, ids_NT[:CLIP_WINDOWS], maps, task.progress)
     if mode == "bf16" and weights is None:
