@@ -202,8 +202,8 @@ def test_large_stacks_move_in_parts_to_the_same_place(monkeypatch: pytest.Monkey
 
 def test_optrot_on_large_layers_has_the_same_objective(monkeypatch: pytest.MonkeyPatch) -> None:
     network, found = Network(zoo.FAMILIES["llama_tied"]()), []
-    for large in (optrot._LARGE, 0):
-        monkeypatch.setattr(optrot, "_LARGE", large)
+    for large in (optrot.LARGE, 0):
+        monkeypatch.setattr(optrot, "LARGE", large)
         R_DD = random_orthogonal(network.hidden_size, 0, torch.float32).R_NN.requires_grad_()
         term = optrot.residual_term(
             network, optrot.total_of(lambda y: y.square().square().sum(-1)), 2, torch.full((len(network.layers),), -1)
