@@ -20,25 +20,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-RUNS = {
-    "quarot, rtn": ["--method", "quarot", "--rounding", "rtn"],
-    "kurtail, rtn": ["--method", "kurtail", "--rounding", "rtn"],
-    "optrot, rtn": ["--method", "optrot", "--rounding", "rtn"],
-    "quarot, gptq": ["--method", "quarot", "--rounding", "gptq"],
-    "spinquant, gptq": ["--method", "spinquant", "--rounding", "gptq"],
-    "spinfold, gptq": ["--method", "spinfold", "--rounding", "gptq"],
-    "quarot, gptaq": ["--method", "quarot", "--rounding", "gptaq"],
-    "quarot, ldlq": ["--method", "quarot", "--rounding", "ldlq"],
-    "quarot, autoround": ["--method", "quarot", "--rounding", "autoround"],
-    "spinfold layer by layer, gptq": ["--method", "spinfold", "--rounding", "gptq", "--steps", "0"],
-    "smoothquant, rtn": ["--method", "smoothquant", "--rounding", "rtn"],
-    "dartquant, rtn": ["--method", "dartquant", "--rounding", "rtn"],
-    "dfrot, rtn": ["--method", "dfrot", "--rounding", "rtn"],
-    "optrot-plus, rtn": ["--method", "optrot-plus", "--rounding", "rtn"],
-    "respinquant, rtn": ["--method", "respinquant", "--rounding", "rtn"],
-    "spinout, rtn": ["--method", "spinout", "--rounding", "rtn"],
-    "quarot, mxfp4, gptq": ["--method", "quarot", "--rounding", "gptq", "--format", "mxfp4"],
-}
+RUNS = (
+    "quarot, rtn",
+    "kurtail, rtn",
+    "optrot, rtn",
+    "quarot, gptq",
+    "spinquant, gptq",
+    "spinfold, gptq",
+    "quarot, gptaq",
+    "quarot, ldlq",
+    "quarot, autoround",
+    "spinfold layer by layer, gptq",
+    "smoothquant, rtn",
+    "dartquant, rtn",
+    "dfrot, rtn",
+    "optrot-plus, rtn",
+    "respinquant, rtn",
+    "spinout, rtn",
+    "quarot, mxfp4, gptq",
+)
+"""Method, perhaps a format, and rounding."""
 FULL = ["--samples", "64", "--seq-len", "2048"]
 SMALL = ["--samples", "8", "--seq-len", "256"]
 FEW_STEPS = {"fit": {"steps": 4, "batch": 4, "seq_len": 256}, "rounding": {"steps": 10}}
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--runs", nargs="*", default=RUNS, choices=RUNS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + options.seconds
@@ -71,6 +72,14 @@ def main() -> None:
     print_table(records)
 
 
+def options_of(name: str) -> list[str]:
+    """What `quantize` is told to make one of `RUNS`."""
+    method, *format, rounding = name.split(", ")
+    found = ["--method", method.split()[0], "--rounding", rounding]
+    found += ["--format", *format] if format else []
+    return [*found, "--steps", "0"] if method.endswith("layer by layer") else found
+
+
 def predicted_and_measured(options: argparse.Namespace, name: str, seconds: float) -> dict[str, Any]:
     """Both: `seconds`, `memory`, `gpu` (None on a CPU), and `stages`, each name with its seconds and GPU bytes."""
     os.sync()  # what the last run wrote is on the disk before the machine's rates are measured
@@ -81,7 +90,7 @@ def predicted_and_measured(options: argparse.Namespace, name: str, seconds: floa
         (recipe := options.out / "few-steps.yaml").write_text(json.dumps({"schema_version": 1} | steps))
         sizes = [*sizes, "--recipe", str(recipe)]
     command = [sys.executable, "-m", "spinfold", "quantize", options.model, "-o", str(output), "--bits", "W4A4KV4"]
-    command += [*RUNS[name], *sizes, "--calibration", options.calibration, "--device", options.device, "--json"]
+    command += [*options_of(name), *sizes, "--calibration", options.calibration, "--device", options.device, "--json"]
     plan = subprocess.run([*command, "--plan"], capture_output=True, text=True, timeout=seconds)
     if plan.returncode:
         raise RuntimeError(plan.stderr[-250:])

@@ -71,8 +71,8 @@ def step_tokens(recipe: Recipe) -> int:
 
 def end_to_end_bases(recipe: Recipe, layers: int) -> int:
     """Residual rotations that an end-to-end fit moves: one, or one for each block boundary."""
-    each = recipe.method == "respinquant" or (recipe.method == "spinfold" and bool(recipe.fit.rank))
-    return 2 * layers if each and not (recipe.method == "spinfold" and weights_are_coarsest(recipe)) else 1
+    ours = recipe.method == "spinfold" and bool(recipe.fit.rank) and not weights_are_coarsest(recipe)
+    return 2 * layers if ours or recipe.method == "respinquant" else 1
 
 
 def learns_down(recipe: Recipe) -> bool:
