@@ -36,7 +36,17 @@ from spinfold.evaluation.outliers import OUTLIER_WINDOWS, measure_outliers
 from spinfold.files import write_json, write_whole
 from spinfold.fitting.clipping import CLIP_WINDOWS, search_clips
 from spinfold.fitting.text import Text, texts_of
-from spinfold.forecast import Forecast, Machine, forecast, measure_machine, unmeasured_machine
+from spinfold.forecast import (
+    CHARACTERS,
+    UNREAD,
+    Forecast,
+    Machine,
+    Reading,
+    forecast,
+    measure_machine,
+    measure_reading,
+    unmeasured_machine,
+)
 from spinfold.kept import kept_allocation, kept_rotation, kept_rounding
 from spinfold.methods import METHODS
 from spinfold.networks import Network
@@ -172,7 +182,7 @@ def predict(
     device: str = "auto",
     evaluate_on: str | None = None,
 ) -> Forecast:
-    """What `quantize` with these arguments would take, stage by stage; no weight is read and nothing written.
+    """What `quantize` with these arguments would take, stage by stage; a few weights are read and nothing is written.
 
     What it would refuse is refused here too, but for a run that does not fit: `Forecast.fits` says so.
     """
@@ -181,17 +191,21 @@ def predict(
     checkpoint = resolve(model)
     plan.plan_run(checkpoint.config, recipe)
     texts = texts_of(recipe.calibration.source, evaluate_on)
-    return _forecast(checkpoint, recipe, texts, measure_machine(place, recipe.compute))
+    reading = measure_reading(checkpoint, texts[0])
+    return _forecast(checkpoint, recipe, texts, measure_machine(place, recipe.compute), reading)
 
 
-def _forecast(checkpoint: Checkpoint, recipe: Recipe, texts: tuple[Text, Text], machine: Machine) -> Forecast:
-    """With the calibration text and the one held out; a token has about four characters.
-
-    It has a few more if anything, and a little more than is needed is tokenized (`fitting.text.tokenize`).
+def _forecast(
+    checkpoint: Checkpoint, recipe: Recipe, texts: tuple[Text, Text], machine: Machine, reading: Reading = UNREAD
+) -> Forecast:
+    """With the calibration text and the one held out, of which a little more than is needed is tokenized
+    (`fitting.text.tokenize`).
     """
-    (available, held), needed = (len(one.text) // 4 for one in texts), _tokens_needed(recipe)
-    read, limit = min(available, needed * 5 // 4), EVAL_TOKENS.get(machine.device, EVAL_TOKENS["cpu"])
-    return forecast(checkpoint, recipe, machine, text_tokens=read, held_out_tokens=min(held, limit))
+    (available, held), needed = (len(one.text) // CHARACTERS for one in texts), _tokens_needed(recipe)
+    limit = EVAL_TOKENS.get(machine.device, EVAL_TOKENS["cpu"])
+    read = min(available, needed * 5 // 4) + min(held, limit * 5 // 4)
+    held = min(held, limit)
+    return forecast(checkpoint, recipe, machine, reading=reading, text_tokens=read, held_out_tokens=held)
 
 
 def row(name: str, quality: Quality, seconds: float | None = None) -> dict[str, Any]:

@@ -23,7 +23,8 @@ import spinfold
 from spinfold import pipeline
 from spinfold.cli import main
 from spinfold.errors import SpinfoldError
-from spinfold.forecast import Forecast, Machine, Sizes, forecast, measure_machine
+from spinfold.fitting.text import Text
+from spinfold.forecast import UNREAD, Forecast, Machine, Reading, Sizes, forecast, measure_machine, measure_reading
 from spinfold.forecast import machine as forecast_machine
 from spinfold.forecast.fits import FITS
 from spinfold.methods import METHODS
@@ -31,7 +32,8 @@ from spinfold.networks import Network
 from spinfold.networks.sources import Checkpoint, resolve
 from spinfold.recipe import Recipe
 
-MACHINE = Machine("cpu", 3e11, 1e11, 5e10, 2e9, 5e6, 10**12)
+MACHINE = Machine("cpu", 3e11, 1e11, 5e10, 2e9, 10**12)
+READING = Reading(0.5, 1e8, 1e6)
 CUDA = replace(MACHINE, device="cuda", free_device_bytes=10**12)
 
 
@@ -53,7 +55,8 @@ def text(tmp_path: Path) -> Path:
 
 
 def predicted(checkpoint: Checkpoint, machine: Machine = MACHINE, **changes: Any) -> Forecast:
-    return forecast(checkpoint, Recipe().with_(**changes), machine, text_tokens=10**5, held_out_tokens=4096)
+    recipe = Recipe().with_(**changes)
+    return forecast(checkpoint, recipe, machine, reading=READING, text_tokens=10**5, held_out_tokens=4096)
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------
@@ -91,7 +94,7 @@ def test_more_of_anything_takes_no_less(checkpoint: Checkpoint, method: str, sam
 @given(st.floats(1.1, 100))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=20)
 def test_a_faster_machine_takes_less_time_and_the_same_memory(checkpoint: Checkpoint, times: float) -> None:
-    rates = ("products", "products_fp32", "products_fp64", "passes", "interpreter")
+    rates = ("products", "products_fp32", "products_fp64", "passes")
     fast = replace(MACHINE, **{name: times * getattr(MACHINE, name) for name in rates})
     slow, quick = predicted(checkpoint), predicted(checkpoint, fast)
     assert quick.seconds < slow.seconds
@@ -170,7 +173,36 @@ def test_what_does_not_fit_is_said(checkpoint: Checkpoint, where: str, share: fl
 # ---- before a run ----------------------------------------------------------------------------------------------
 
 
-def test_a_plan_reads_no_weight_and_writes_nothing(
+def test_what_is_read_slowly_takes_long(checkpoint: Checkpoint) -> None:
+    def seconds(reading: Reading) -> list[float]:
+        told = forecast(checkpoint, Recipe(), MACHINE, reading=reading, text_tokens=10**5, held_out_tokens=4096)
+        return [stage.seconds for stage in told.stages]
+
+    load, text, *others = seconds(READING)
+    assert load == pytest.approx(READING.opening + checkpoint.num_parameters / READING.weights)
+    assert text == pytest.approx(4 * 10**5 / READING.characters)
+    assert seconds(replace(READING, weights=READING.weights / 100))[0] > load
+    assert seconds(UNREAD) == [0, 0, *others]
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_a_few_weights_are_those_of_the_model(kind: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    gguf = zoo.write_gguf(zoo.FAMILIES["llama"](), tmp_path / "tiny.gguf", "llama")
+    source = resolve(gguf) if kind == "gguf" else checkpoint
+    few = source.read_some(5000)
+    assert sum(weight.numel() for weight in few[:-1]) < 5000 <= sum(weight.numel() for weight in few)
+    every = source.load_model().state_dict().values()
+    assert all(any(torch.equal(weight_OI, other) for other in every) for weight_OI in few)
+
+
+def test_reading_is_measured(checkpoint: Checkpoint) -> None:
+    reading = measure_reading(checkpoint, Text("text", TEXT, "here"))
+    assert reading.opening > 0
+    assert 0 < reading.weights < inf
+    assert 0 < reading.characters < inf
+
+
+def test_a_plan_reads_few_weights_and_writes_nothing(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Checkpoint, "load_model", None)
@@ -241,7 +273,8 @@ def test_a_gpu_waits_for_its_host_at_each_layer(checkpoint: Checkpoint) -> None:
 
 def test_what_is_tokenized_takes_time_and_memory(checkpoint: Checkpoint) -> None:
     few, many = (
-        forecast(checkpoint, Recipe(), MACHINE, text_tokens=count, held_out_tokens=4096) for count in (10**5, 10**6)
+        forecast(checkpoint, Recipe(), MACHINE, reading=READING, text_tokens=count, held_out_tokens=4096)
+        for count in (10**5, 10**6)
     )
     assert many.seconds > few.seconds
     assert many.peak_bytes > few.peak_bytes

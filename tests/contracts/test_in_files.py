@@ -55,7 +55,7 @@ def test_a_run_opened_layer_by_layer_is_the_run(family: str, bits: str, tmp_path
 
 def test_a_forecast_counts_what_is_there(tmp_path: Path) -> None:
     checkpoint = resolve(tiny_run.tiny_model(tmp_path / "model"))
-    large = Machine("cuda", 3e11, 1e11, 5e10, 2e9, 5e6, 10**12, 10**12)
+    large = Machine("cuda", 3e11, 1e11, 5e10, 2e9, 10**12, 10**12)
     small = replace(large, free_device_bytes=4 * checkpoint.num_parameters)
     assert [stays_in_files(checkpoint, machine) for machine in (large, small)] == [False, True]
     more, less = (

@@ -1,9 +1,9 @@
 """What a run will take, said before any of it is done: seconds, memory and GPU memory of each stage.
 
-    seconds = products / rate of products + passes over numbers / rate of passes + what Python and launches take
+    seconds = products / rate of products + passes over numbers / rate of passes + what reading and launches take
     bytes   = what the pipeline holds while the stage works, counted from config, headers and recipe
 
-Rates are measured for five seconds on the machine. The numbers of passes and the few other constants were measured
+Rates are measured on the machine, in about six seconds. The numbers of passes and the few other constants were measured
 once, on a CPU and on an H100 (docs/planning.md); what they predict there is compared with what is measured.
 
 In bytes, with P parameters (head untied), D residual width, F MLP width, V words, held the tokens of the figures:
@@ -17,7 +17,8 @@ In bytes, with P parameters (head untied), D residual width, F MLP width, V word
     stream      4 D × calibration tokens                      likewise; two of them for gptaq and autoround
     graph       4 × tokens of a pass × L (5.5 D + 3.5 F)       fits by back-propagation; of one layer if checkpointed
 
-`machine` has the rates and the room, `sizes` the model, `seconds`, `fits` and `memory` the formulas, `stages` the run.
+`machine` has the rates and the room, `reading` what a little of the beginning takes, `sizes` the model, `seconds`,
+`fits` and `memory` the formulas, `stages` the run.
 
 Shapes: L layers, T tokens of a window.
 """
@@ -25,17 +26,22 @@ Shapes: L layers, T tokens of a window.
 from __future__ import annotations
 
 from spinfold.forecast.machine import Machine, measure_machine, unmeasured_machine
+from spinfold.forecast.reading import CHARACTERS, UNREAD, Reading, measure_reading
 from spinfold.forecast.sizes import Sizes
 from spinfold.forecast.stages import HELD_SHARE, Forecast, StageForecast, forecast, stays_in_files
 
 __all__ = [
+    "CHARACTERS",
     "HELD_SHARE",
+    "UNREAD",
     "Forecast",
     "Machine",
+    "Reading",
     "Sizes",
     "StageForecast",
     "forecast",
     "measure_machine",
+    "measure_reading",
     "stays_in_files",
     "unmeasured_machine",
 ]

@@ -53,7 +53,7 @@ def _step(s: Seconds) -> float:
     n, tokens = s.sizes, float(step_tokens(s.recipe))
     heads = 3 if s.recipe.method == "spinfold" else 2
     head = 1.5 * s.head(tokens, 2) * heads / 2
-    network = _on_gpu(s, tokens) + head / _faster(s) if s.on_gpu else (7 + 2 * s.again) * s.forward(tokens) + head
+    network = _on_gpu(s, tokens) + head / _faster(s) if s.on_gpu else (9.5 + 2 * s.again) * s.forward(tokens) + head
     down = s.passes(90.0 * tokens * n.layers * n.mlp_width) * learns_down(s.recipe)
     return network + down + end_to_end_bases(s.recipe, n.layers) * _move(s)
 
@@ -138,8 +138,8 @@ def _to_weights(s: Seconds) -> float:
     n, (residual_steps, value_steps) = s.sizes, _weight_steps(s)
     numbers = _layers_of_step(s) * n.linears / n.layers
     times = 8.0 if numbers > optrot.LARGE else 6.0  # large ones are turned again on the way back
-    residual = residual_steps * (times * numbers * n.width / s.machine.products + s.passes(45.0 * numbers) + _move(s))
-    value = value_steps * s.passes(45.0 * n.layers * n.width * (n.score_width + n.kv_heads * n.head_dim))
+    residual = residual_steps * (times * numbers * n.width / s.machine.products + s.passes(36.0 * numbers) + _move(s))
+    value = value_steps * s.passes(36.0 * n.layers * n.width * (n.score_width + n.kv_heads * n.head_dim))
     return residual + value + s.launches(1.3 * residual_steps + value_steps)
 
 

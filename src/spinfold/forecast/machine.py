@@ -21,20 +21,20 @@ __all__ = ["Machine", "measure_machine", "unmeasured_machine"]
 
 @dataclass(frozen=True)
 class Machine:
-    """How fast it multiplies (in the run's precision, fp32, fp64), passes over numbers, and makes steps of a plain loop
-    in Python, each per second; and its room."""
+    """How fast it multiplies (in the run's precision, fp32, fp64) and passes over numbers, each per second; and its
+    room.
+    """
 
     device: str
     products: float
     products_fp32: float
     products_fp64: float
     passes: float
-    interpreter: float
     free_bytes: int
     free_device_bytes: int | None = None
 
 
-_BURSTS, _BURST_SECONDS, _PAUSE, _LOOP = 10, 0.05, 0.3, 20_000
+_BURSTS, _BURST_SECONDS, _PAUSE = 10, 0.05, 0.3
 _Work = tuple[Callable[[], object], int]
 """What to do, and how many operations or numbers that is."""
 
@@ -62,7 +62,6 @@ def measure_machine(device: torch.device, compute: str = "auto") -> Machine:
     works: dict[str, _Work] = {
         "passes": (lambda: torch.mul(numbers, 1.5, out=other), numbers.numel()),
         "products_fp32": product(torch.float32, False, 1024 if on_cpu else 3072),
-        "interpreter": (_loop, _LOOP),
     }
     if not on_cpu:
         works["products_fp64"] = product(torch.float64, False)
@@ -81,20 +80,13 @@ def measure_machine(device: torch.device, compute: str = "auto") -> Machine:
     fp32, passes = rates["products_fp32"], rates["passes"]
     fast, fp64 = rates.get("products", fp32), rates.get("products_fp64", fp32 / 2)
     room = unmeasured_machine(device)
-    return Machine(room.device, fast, fp32, fp64, passes, rates["interpreter"], room.free_bytes, room.free_device_bytes)
+    return Machine(room.device, fast, fp32, fp64, passes, room.free_bytes, room.free_device_bytes)
 
 
 def unmeasured_machine(device: torch.device) -> Machine:
     """The machine's room alone, for a look at memory: its rates are infinite. Of several processes each has a share."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    return Machine(device.type, inf, inf, inf, inf, inf, _free_bytes() // local_world(), free)
-
-
-def _loop() -> None:
-    """What loading and reading are like: one small thing of Python's after the other."""
-    counts: dict[int, int] = {}
-    for i in range(_LOOP):
-        counts[i % 97] = counts.get(i % 89, 0) + i
+    return Machine(device.type, inf, inf, inf, inf, _free_bytes() // local_world(), free)
 
 
 def _burst(work: Callable[[], object], device: torch.device) -> list[float]:

@@ -25,11 +25,9 @@ __all__ = [
     "step_tokens",
 ]
 
-INTERPRETER = 6.9e6
-"""The rate of Python's loop where the seconds of loading and of reading text were measured."""
 GPU_PASSES = 0.25
 """The share of a CPU's passes that a GPU makes: its kernels do several in one."""
-GPU_LAYER = 0.032
+GPU_LAYER = 0.038
 """Seconds that a layer takes on a GPU however small it is, each time that its linears are gone through one by one:
 launches, and factors of matrices that don't fill the device."""
 GPU_STEP = 0.0045
@@ -97,9 +95,6 @@ class Seconds:
     def one_by_one(self, times: float) -> float:
         return GPU_LAYER * times * self.sizes.layers * self.on_gpu
 
-    def in_python(self, seconds: float) -> float:
-        return seconds * INTERPRETER / self.machine.interpreter
-
     def launches(self, steps: float) -> float:
         return GPU_STEP * steps * self.on_gpu
 
@@ -148,12 +143,13 @@ class Seconds:
             share = min(1.0, MEASURED_WINDOWS / self.recipe.calibration.samples)
             measured = self.forward(tokens, share=2.2) + self.hessians(tokens)
             return self._search() + share * measured + self.one_by_one(1)
-        again = 2 if method == "gptaq" else 1  # statistics, factors and columns of two kinds, and what W* takes
-        statistics = (2 * again - 1) * (self.hessians(tokens) + self._search())
-        seconds = self.forward(tokens, share=2.2 * again + (again - 1)) + statistics
+        again = 2 if method == "gptaq" else 1  # streams, statistics, factors, searches and columns
+        seconds = self.forward(tokens, share=2.2 * again + (again - 1)) + again * (
+            self.hessians(tokens) + self._search()
+        )
         if method != "rtn":
             columns = self._columns() * (again + self._passes_over_columns())
-            seconds += again * self._factors() + columns + self.one_by_one(1 + again)
+            seconds += again * self._factors() + columns + self.one_by_one(1.3 * (1 + again))
         if self.recipe.rounding.absorb is not None:
             seconds += self._absorb()
         return seconds
@@ -208,6 +204,6 @@ class Seconds:
         settings, calibration = self.recipe.rounding, self.recipe.calibration
         tokens = float(min(settings.batch, calibration.samples) * calibration.seq_len)
         steps = settings.steps * (
-            3.5 * self.forward(tokens) + self.passes(75.0 * self.sizes.linears) + self.one_by_one(0.45)
+            3.5 * self.forward(tokens) + self.passes(75.0 * self.sizes.linears) + self.one_by_one(0.33)
         )
         return steps + 12 * (self.forward(calibration_tokens(self.recipe)) + self.passes(22.0 * self.sizes.linears))

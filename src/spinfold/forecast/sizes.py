@@ -19,6 +19,7 @@ class Sizes:
     width: int
     mlp_width: int
     words: int
+    stored: int
     parameters: int
     linears: int
     active: int
@@ -46,6 +47,7 @@ class Sizes:
             width=config.hidden_size,
             mlp_width=mlp_width,
             words=config.vocab_size,
+            stored=checkpoint.num_parameters,
             parameters=checkpoint.num_parameters + embedding * tied,
             linears=linears,
             active=linears - round(experts * (1 - share)),

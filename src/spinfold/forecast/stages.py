@@ -12,6 +12,7 @@ from spinfold.folding import WORDS_AT_ONCE
 from spinfold.forecast.fits import fit_seconds
 from spinfold.forecast.machine import Machine
 from spinfold.forecast.memory import Bytes
+from spinfold.forecast.reading import CHARACTERS, UNREAD, Reading
 from spinfold.forecast.seconds import Seconds
 from spinfold.forecast.sizes import Sizes
 from spinfold.networks.sources import Checkpoint
@@ -23,8 +24,6 @@ PROCESS_BYTES, TOKENIZER_BYTES = 0.53e9, 0.28e9
 """Python with torch, transformers and a model class; what a tokenizer holds once it has read something."""
 BYTES_PER_TOKEN_READ = 500
 """What tokenizing leaves behind."""
-LOADING, LOADING_CUDA, READING = 1.1, 2.3, 3.3e-6
-"""Seconds for tokenizer and model class, for a GPU's libraries, and for a token of text."""
 CUDA_BYTES = 1.2e9
 """On the host, for the GPU's libraries."""
 KEPT_GRAPH, KEPT_LOSS = 0.83, 0.38
@@ -88,15 +87,21 @@ class Forecast:
 
 
 def forecast(
-    checkpoint: Checkpoint, recipe: Recipe, machine: Machine, *, text_tokens: int, held_out_tokens: int
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    machine: Machine,
+    *,
+    text_tokens: int,
+    held_out_tokens: int,
+    reading: Reading = UNREAD,
 ) -> Forecast:
     """The stages of `spinfold.quantize` for a checkpoint whose headers alone have been read.
 
-    `text_tokens` of the calibration text are tokenized; on `held_out_tokens` the figures are measured. Baselines
-    and searches of clip ratios are not counted.
+    `text_tokens` of both texts are tokenized; on `held_out_tokens` the figures are measured. Baselines and searches of
+    clip ratios are not counted.
     """
     in_files = stays_in_files(checkpoint, machine)
-    run = _Run(Sizes.of(checkpoint), recipe, machine, text_tokens, held_out_tokens, in_files)
+    run = _Run(Sizes.of(checkpoint), recipe, machine, reading, text_tokens, held_out_tokens, in_files)
     return Forecast(machine, tuple(run.stages()))
 
 
@@ -113,6 +118,7 @@ class _Run:
     sizes: Sizes
     recipe: Recipe
     machine: Machine
+    reading: Reading
     text_tokens: int
     held_out_tokens: int
     in_files: bool
@@ -123,17 +129,16 @@ class _Run:
         seconds = Seconds(n, self.recipe, self.machine, more.again)
         held, seen = max(self.held_out_tokens, window), min(OUTLIER_WINDOWS * window, self.held_out_tokens)
         network, chunk = 4.0 * n.parameters, 4.0 * n.words * min(held, TOKENS_PER_CHUNK[self.machine.device])
-        rotated = 2 * network + 4.0 * (n.words + held) * n.width
+        rotated, read = 2 * network + 4.0 * (n.words + held) * n.width, float(n.stored)
         if self.in_files:
             ends, layer = 8.0 * n.words * n.width, 4.0 * n.linears / n.layers
             network, rotated = ends + layer, 2 * ends + layer + 4.0 * (n.words + 2 * held) * n.width
+            read = ends / 4
         on_cpu = self.machine.device == "cpu"
         fit = fit_seconds(seconds) + seconds.fold() + 2 * seconds.outliers(seen)
         stages = [
-            self._stage(
-                "load model", seconds.in_python(LOADING + LOADING_CUDA * (not on_cpu)) + network / 1e9, network, 0.1e9
-            ),
-            self._stage("read text", seconds.in_python(READING * self.text_tokens), network, 0),
+            self._stage("load model", self.reading.opening + read / self.reading.weights, network, 0.1e9),
+            self._stage("read text", CHARACTERS * self.text_tokens / self.reading.characters, network, 0),
             self._stage("evaluate original", seconds.forward(held) + seconds.head(held, 1), network, 2 * chunk),
             self._stage("fit and fold", fit, rotated, max(48.0 * WORDS_AT_ONCE * n.width, more.fit())),
         ]

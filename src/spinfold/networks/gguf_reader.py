@@ -10,7 +10,7 @@ Shapes: O out features, I in features, N heads, H head size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -173,8 +173,11 @@ def config_of(file: GgufFile) -> PreTrainedConfig:
     return AutoConfig.for_model(architecture.model_type, **values)
 
 
-def state_dict(file: GgufFile, config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Every weight of `file` under its Transformers name, dequantized to fp32 by the `gguf` package, then cast.
+def state_dict(
+    file: GgufFile, config: PreTrainedConfig, dtype: torch.dtype = torch.float32, names: Container[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """Every weight of `file`, or those of `names`, under their Transformers names, dequantized to fp32 by the `gguf`
+    package, then cast.
 
     Raises `SpinfoldError` for a quantization type that the package cannot undo.
     """
@@ -182,6 +185,8 @@ def state_dict(file: GgufFile, config: PreTrainedConfig, dtype: torch.dtype = to
     data = np.memmap(file.path, mode="r", dtype=np.uint8)
     weights: dict[str, torch.Tensor] = {}
     for gguf_name, hf_name in hf_names(file).items():
+        if names is not None and hf_name not in names:
+            continue
         weight = _dequantized(file, data, file.tensors[gguf_name])
         if architecture.interleaved_rope and ".attn_q." in gguf_name:
             weight = unpermute(weight, config.num_attention_heads)

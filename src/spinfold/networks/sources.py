@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -67,7 +68,7 @@ DTYPE_OF = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "B
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model whose headers have been checked; weights are read by `load_model` only."""
+    """A model whose headers have been checked; its weights are read by `load_model`, a few of them by `read_some`."""
 
     name: str
     kind: Literal["folder", "gguf"]
@@ -151,6 +152,18 @@ class Checkpoint:
         _check_finite(self.name, model, dtype)
         model.requires_grad_(False)
         return model.to(device).eval()
+
+    def read_some(self, count: int) -> list[Tensor]:
+        """The first matrices of the layers, in fp32, with as many weights as asked for and no matrix more."""
+        names: list[str] = []
+        for name in (name for name, shape in self.shapes.items() if ".layers." in name and len(shape) > 1):
+            if count <= 0:
+                break
+            names.append(name)
+            count -= _product(self.shapes[name])
+        if isinstance(self.weights, GgufFile):
+            return list(gguf_reader.state_dict(self.weights, self.config, names=names).values())
+        return [weight.float() for weight in self.weights.read(names).values()]
 
     @property
     def can_stay_in_files(self) -> bool:
