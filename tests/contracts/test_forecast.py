@@ -1,4 +1,4 @@
-"""What a forecast promises: it costs no weight read and no file, it grows with what costs, and what does not fit is
+"""What a forecast promises: it costs few weights read and no file, it grows with what costs, and what does not fit is
 refused at once. How near it comes to what is measured stands in docs/planning.md.
 """
 
