@@ -95,7 +95,7 @@ def forecast(
     held_out_tokens: int,
     reading: Reading = UNREAD,
 ) -> Forecast:
-    """The stages of `spinfold.quantize` for a checkpoint whose headers alone have been read.
+    """The stages of `spinfold.quantize` for a checkpoint of which at most a little has been read.
 
     `text_tokens` of both texts are tokenized; on `held_out_tokens` the figures are measured. Baselines and searches of
     clip ratios are not counted.

@@ -156,7 +156,7 @@ class Checkpoint:
     def read_some(self, count: int) -> list[Tensor]:
         """The first matrices of the layers, in fp32, with as many weights as asked for and no matrix more."""
         names: list[str] = []
-        for name in (name for name, shape in self.shapes.items() if ".layers." in name and len(shape) > 1):
+        for name in (name for name, shape in self.shapes.items() if ".layers." in name and len(shape) == 2):
             if count <= 0:
                 break
             names.append(name)
