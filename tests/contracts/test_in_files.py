@@ -15,7 +15,7 @@ import spinfold
 from spinfold import inspection, subject
 from spinfold.checkpoint import load_run
 from spinfold.errors import SpinfoldError
-from spinfold.forecast import Machine, forecast, stays_in_files
+from spinfold.forecast import UNREAD, Machine, forecast, stays_in_files
 from spinfold.networks.sources import resolve
 from spinfold.recipe import Recipe
 
@@ -59,7 +59,9 @@ def test_a_forecast_counts_what_is_there(tmp_path: Path) -> None:
     small = replace(large, free_device_bytes=4 * checkpoint.num_parameters)
     assert [stays_in_files(checkpoint, machine) for machine in (large, small)] == [False, True]
     more, less = (
-        forecast(checkpoint, Recipe(), machine, text_tokens=10**5, held_out_tokens=4096).stages[0].peak_device_bytes
+        forecast(checkpoint, Recipe(), machine, reading=UNREAD, text_tokens=10**5, held_out_tokens=4096)
+        .stages[0]
+        .peak_device_bytes
         for machine in (large, small)
     )
     assert more is not None and less is not None

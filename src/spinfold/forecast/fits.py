@@ -1,6 +1,6 @@
 """How long the fit of each method takes: products and passes, counted from what its steps do.
 
-The numbers of passes were measured on SmolLM2 on a CPU, what is of a GPU on an H100, there also at the width of 8B. A
+The numbers of passes were measured on SmolLM2 on two CPUs, what is of a GPU on H100s, there also at the width of 8B. A
 search of clip ratios is not counted.
 
 Shapes in names: D residual width, F MLP width.

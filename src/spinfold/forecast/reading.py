@@ -1,7 +1,8 @@
 """How fast a model and its text are read here: the tokenizer, a few weights and a piece of the text are.
 
 A slow disk, weights in blocks that have to be undone, a host that is shared: no count of operations tells what reading
-takes, and a little of it takes little.
+takes, and a little of it takes little. What the system has of a file in memory counts as fast, and it has what was read
+a moment ago.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How long the parts of a run take: products over the machine's rate of products, and passes over its rate of passes.
 
-The numbers of passes were measured once, on SmolLM2 on a CPU, and what is of a GPU on an H100 (docs/planning.md).
+The numbers of passes were measured on SmolLM2 on two CPUs, and what is of a GPU on H100s (docs/planning.md).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Sizes:
         config, shapes = checkpoint.config, checkpoint.shapes
         embedding = config.vocab_size * config.hidden_size
         tied = not any(name.startswith("lm_head.") for name in shapes)
-        in_layers = [(name, prod(shape)) for name, shape in shapes.items() if ".layers." in name and len(shape) > 1]
+        in_layers = [(name, prod(shape)) for name, shape in checkpoint.layer_matrices.items()]
         experts = sum(size for name, size in in_layers if "experts" in name)
         linears = sum(size for _, size in in_layers)
         number = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)

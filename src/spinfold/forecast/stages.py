@@ -12,7 +12,7 @@ from spinfold.folding import WORDS_AT_ONCE
 from spinfold.forecast.fits import fit_seconds
 from spinfold.forecast.machine import Machine
 from spinfold.forecast.memory import Bytes
-from spinfold.forecast.reading import CHARACTERS, UNREAD, Reading
+from spinfold.forecast.reading import CHARACTERS, Reading
 from spinfold.forecast.seconds import Seconds
 from spinfold.forecast.sizes import Sizes
 from spinfold.networks.sources import Checkpoint
@@ -93,12 +93,12 @@ def forecast(
     *,
     text_tokens: int,
     held_out_tokens: int,
-    reading: Reading = UNREAD,
+    reading: Reading,
 ) -> Forecast:
     """The stages of `spinfold.quantize` for a checkpoint of which at most a little has been read.
 
-    `text_tokens` of both texts are tokenized; on `held_out_tokens` the figures are measured. Baselines and searches of
-    clip ratios are not counted.
+    `text_tokens` of both texts are tokenized; on `held_out_tokens` the figures are measured. Not counted are baselines,
+    searches of clip ratios, and the way of layers from files, where they stay there, in each of their turns.
     """
     in_files = stays_in_files(checkpoint, machine)
     run = _Run(Sizes.of(checkpoint), recipe, machine, reading, text_tokens, held_out_tokens, in_files)
@@ -133,7 +133,7 @@ class _Run:
         if self.in_files:
             ends, layer = 8.0 * n.words * n.width, 4.0 * n.linears / n.layers
             network, rotated = ends + layer, 2 * ends + layer + 4.0 * (n.words + 2 * held) * n.width
-            read = ends / 4
+            read -= n.linears
         on_cpu = self.machine.device == "cpu"
         fit = fit_seconds(seconds) + seconds.fold() + 2 * seconds.outliers(seen)
         stages = [
@@ -153,7 +153,7 @@ class _Run:
         return [
             *stages,
             self._stage("evaluate quantized", quantized, rotated, 5.25 * chunk),
-            self._stage("write checkpoint", network / 1e9, rotated, 0),
+            self._stage("write checkpoint", 4.0 * n.parameters / 1e9, rotated, 0),
         ]
 
     def _stage(self, name: str, seconds: float, held: float, more: float) -> StageForecast:

@@ -2,6 +2,7 @@
 
     resolve(source) -> Checkpoint        headers only: config, shapes, sizes, every refusal they allow
     Checkpoint.load_model(dtype)         the weights, all of them and nothing else, every value finite
+    Checkpoint.read_some(count)          a few of them, to see how fast they are read
     Checkpoint.open_model()              the network without its layers' weights, which stay in the files (`placement`)
 
 The config is a claim and the headers are what is there. The network is first built without memory (on the `meta`
@@ -85,6 +86,11 @@ class Checkpoint:
         return self.weights.shapes
 
     @property
+    def layer_matrices(self) -> dict[str, tuple[int, ...]]:
+        """Of `shapes`, the matrices in layers, stacks of them included; a folder of the base model says no `model.`."""
+        return {name: shape for name, shape in self.shapes.items() if "layers." in name and len(shape) > 1}
+
+    @property
     def weight_bytes(self) -> int:
         """Size of the weights as stored."""
         return self.weights.weight_bytes
@@ -154,16 +160,17 @@ class Checkpoint:
         return model.to(device).eval()
 
     def read_some(self, count: int) -> list[Tensor]:
-        """The first matrices of the layers, in fp32, with as many weights as asked for and no matrix more."""
+        """The smallest matrices of the layers, in fp32, as many as have the weights asked for together."""
         names: list[str] = []
-        for name in (name for name, shape in self.shapes.items() if ".layers." in name and len(shape) == 2):
+        for name, shape in sorted(self.layer_matrices.items(), key=lambda item: _product(item[1])):
             if count <= 0:
                 break
             names.append(name)
-            count -= _product(self.shapes[name])
+            count -= _product(shape)
         if isinstance(self.weights, GgufFile):
             return list(gguf_reader.state_dict(self.weights, self.config, names=names).values())
-        return [weight.float() for weight in self.weights.read(names).values()]
+        # A copy even of what is fp32 already: a tensor of a file is read when it is used.
+        return [weight.to(torch.float32, copy=True) for weight in self.weights.read(names).values()]
 
     @property
     def can_stay_in_files(self) -> bool:
