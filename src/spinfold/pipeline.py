@@ -204,8 +204,7 @@ def _forecast(
     (available, held), needed = (len(one.text) // CHARACTERS for one in texts), _tokens_needed(recipe)
     limit = EVAL_TOKENS.get(machine.device, EVAL_TOKENS["cpu"])
     read = min(available, needed * 5 // 4) + min(held, limit * 5 // 4)
-    held = min(held, limit)
-    return forecast(checkpoint, recipe, machine, reading=reading, text_tokens=read, held_out_tokens=held)
+    return forecast(checkpoint, recipe, machine, reading=reading, text_tokens=read, held_out_tokens=min(held, limit))
 
 
 def row(name: str, quality: Quality, seconds: float | None = None) -> dict[str, Any]:

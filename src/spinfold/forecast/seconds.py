@@ -144,9 +144,8 @@ class Seconds:
             measured = self.forward(tokens, share=2.2) + self.hessians(tokens)
             return self._search() + share * measured + self.one_by_one(1)
         again = 2 if method == "gptaq" else 1  # streams, statistics, factors, searches and columns
-        seconds = self.forward(tokens, share=2.2 * again + (again - 1)) + again * (
-            self.hessians(tokens) + self._search()
-        )
+        each = self.forward(tokens, share=2.2) + self.hessians(tokens) + self._search()
+        seconds = again * each + self.forward(tokens, share=again - 1)
         if method != "rtn":
             columns = self._columns() * (again + self._passes_over_columns())
             seconds += again * self._factors() + columns + self.one_by_one(1.3 * (1 + again))

@@ -129,12 +129,12 @@ class _Run:
         seconds = Seconds(n, self.recipe, self.machine, more.again)
         held, seen = max(self.held_out_tokens, window), min(OUTLIER_WINDOWS * window, self.held_out_tokens)
         network, chunk = 4.0 * n.parameters, 4.0 * n.words * min(held, TOKENS_PER_CHUNK[self.machine.device])
-        rotated, read = 2 * network + 4.0 * (n.words + held) * n.width, float(n.stored)
+        rotated = 2 * network + 4.0 * (n.words + held) * n.width
         if self.in_files:
             ends, layer = 8.0 * n.words * n.width, 4.0 * n.linears / n.layers
             network, rotated = ends + layer, 2 * ends + layer + 4.0 * (n.words + 2 * held) * n.width
-            read -= n.linears
         on_cpu = self.machine.device == "cpu"
+        read = n.stored - n.linears * self.in_files
         fit = fit_seconds(seconds) + seconds.fold() + 2 * seconds.outliers(seen)
         stages = [
             self._stage("load model", self.reading.opening + read / self.reading.weights, network, 0.1e9),
