@@ -103,6 +103,7 @@ def predicted_and_measured(options: argparse.Namespace, name: str, seconds: floa
     done = stages_of(data, [x["name"] for x in said["stages"]])
     return {
         "machine": said["machine"],
+        "reading": said["reading"],
         "predicted": {
             "seconds": said["seconds"],
             "memory": said["peak_bytes"],

@@ -212,6 +212,20 @@ def test_reading_is_measured(checkpoint: Checkpoint) -> None:
     assert 0 < reading.characters < inf
 
 
+def test_one_slow_moment_of_three_changes_no_prediction(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Reading(90.0, READING.weights / 9, READING.characters / 9)
+    moments = iter([slow, READING, READING, READING, slow, READING])
+    monkeypatch.setattr(pipeline, "measure_reading", lambda *_: next(moments))
+    monkeypatch.setattr(pipeline, "measure_machine", lambda *_: MACHINE)
+    told = [
+        spinfold.predict(str(model), tmp_path / "out", recipe(text, method="quarot"), device="cpu") for _ in range(2)
+    ]
+    assert told[0].reading == told[1].reading == READING
+    assert next(moments, None) is None
+
+
 def test_a_plan_reads_few_weights_and_writes_nothing(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,11 +245,14 @@ def test_a_plan_reads_few_weights_and_writes_nothing(
     for stage in ("load model", "evaluate original", "round weights", "all"):
         assert stage in table
     shapes = resolve(model).shapes
-    assert 5000 <= sum(prod(shapes[name]) for name in names) < sum(map(prod, shapes.values())) / 4
+    few = set(names)
+    assert 5000 <= sum(prod(shapes[name]) for name in few) < sum(map(prod, shapes.values())) / 4
+    assert len(names) == 3 * len(few)
     assert main([*command, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["seconds"] == pytest.approx(sum(stage["seconds"] for stage in told["stages"]))
     assert told["fits"]
+    assert set(told["reading"]) == {"opening", "weights", "characters"}
     assert not (tmp_path / "out").exists()
 
 

@@ -8,8 +8,10 @@ a moment ago.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
 from math import inf
+from statistics import median
 
 from spinfold.fitting.text import Text, tokenize
 from spinfold.networks.sources import Checkpoint
@@ -31,6 +33,11 @@ class Reading:
     opening: float
     weights: float
     characters: float
+
+    @classmethod
+    def median(cls, several: Iterable[Reading]) -> Reading:
+        """The median of each, so that one slow moment of a shared host is not told as the rule."""
+        return cls(*map(median, zip(*map(astuple, several), strict=True)))
 
 
 UNREAD = Reading(0.0, inf, inf)

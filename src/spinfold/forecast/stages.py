@@ -47,6 +47,7 @@ class Forecast:
     """All stages of a run in order, on a machine."""
 
     machine: Machine
+    reading: Reading
     stages: tuple[StageForecast, ...]
 
     @property
@@ -102,7 +103,7 @@ def forecast(
     """
     in_files = stays_in_files(checkpoint, machine)
     run = _Run(Sizes.of(checkpoint), recipe, machine, reading, text_tokens, held_out_tokens, in_files)
-    return Forecast(machine, tuple(run.stages()))
+    return Forecast(machine, reading, tuple(run.stages()))
 
 
 def stays_in_files(checkpoint: Checkpoint, machine: Machine) -> bool:
