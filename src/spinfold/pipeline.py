@@ -193,8 +193,8 @@ def predict(
     texts = texts_of(recipe.calibration.source, evaluate_on)
     before = measure_reading(checkpoint, texts[0])
     machine = measure_machine(place, recipe.compute)
-    after = [measure_reading(checkpoint, texts[0]) for _ in range(2)]
-    return _forecast(checkpoint, recipe, texts, machine, Reading.median([before, *after]))
+    after = measure_reading(checkpoint, texts[0])
+    return _forecast(checkpoint, recipe, texts, machine, Reading.mean(before, after))
 
 
 def _forecast(

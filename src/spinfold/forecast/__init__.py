@@ -3,7 +3,7 @@
     seconds = products / rate of products + passes over numbers / rate of passes + what reading and launches take
     bytes   = what the pipeline holds while the stage works, counted from config, headers and recipe
 
-Rates are measured on the machine, in five seconds and what a little reading takes three times. The numbers of passes
+Rates are measured on the machine, in five seconds and what a little reading takes, twice. The numbers of passes
 and the few other constants were measured before, on CPUs and on H100s (docs/planning.md); what they predict there is
 compared with what is measured.
 

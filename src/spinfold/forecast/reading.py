@@ -8,10 +8,8 @@ a moment ago.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import astuple, dataclass
-from math import inf
-from statistics import median
+from statistics import mean
 
 from spinfold.fitting.text import Text, tokenize
 from spinfold.networks.sources import Checkpoint
@@ -20,27 +18,25 @@ __all__ = ["CHARACTERS", "UNREAD", "Reading", "measure_reading"]
 
 CHARACTERS = 4
 """Of a token, about; it has a few more if anything."""
-FEW_WEIGHTS, FEW_CHARACTERS = 1 << 23, 1 << 20
+FEW_WEIGHTS, FEW_CHARACTERS = 1 << 23, 1 << 21
 """A text is one string to its tokenizer, which reads a short one half again as fast as a long one."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The seconds until a tokenizer and a network without weights stand, and the weights and the characters of text
-    that are read in a second.
-    """
+    """Seconds until a tokenizer and a network without weights stand, those of a weight, and of a character of text."""
 
     opening: float
-    weights: float
-    characters: float
+    weight: float
+    character: float
 
     @classmethod
-    def median(cls, several: Iterable[Reading]) -> Reading:
-        """The median of each, so that one slow moment of a shared host is not told as the rule."""
-        return cls(*map(median, zip(*map(astuple, several), strict=True)))
+    def mean(cls, *moments: Reading) -> Reading:
+        """A shared host has slow moments, and one alone is not to be told as the rule."""
+        return cls(*map(mean, zip(*map(astuple, moments), strict=True)))
 
 
-UNREAD = Reading(0.0, inf, inf)
+UNREAD = Reading(0.0, 0.0, 0.0)
 """For a look at memory alone."""
 
 
@@ -55,4 +51,4 @@ def measure_reading(checkpoint: Checkpoint, text: Text) -> Reading:
     tokenize(text.text[:FEW_CHARACTERS], tokenizer)
     tokenized = time.perf_counter()
     characters = min(len(text.text), FEW_CHARACTERS)
-    return Reading(opened - start, weights / (read - opened), characters / (tokenized - read))
+    return Reading(opened - start, (read - opened) / weights, (tokenized - read) / characters)

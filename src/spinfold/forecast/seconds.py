@@ -27,7 +27,7 @@ __all__ = [
 
 GPU_PASSES = 0.25
 """The share of a CPU's passes that a GPU makes: its kernels do several in one."""
-GPU_LAYER = 0.038
+GPU_LAYER = 0.042
 """Seconds that a layer takes on a GPU however small it is, each time that its linears are gone through one by one:
 launches, and factors of matrices that don't fill the device."""
 GPU_STEP = 0.0045
@@ -148,7 +148,8 @@ class Seconds:
         seconds = again * each + self.forward(tokens, share=again - 1)
         if method != "rtn":
             columns = self._columns() * (again + self._passes_over_columns())
-            seconds += again * self._factors() + columns + self.one_by_one(1.3 * (1 + again))
+            solved = 1 if method == "ldlq" else 0  # the factor's inverse
+            seconds += (again + solved) * self._factors() + columns + self.one_by_one(1.3 * (1 + again) + 0.6 * solved)
         if self.recipe.rounding.absorb is not None:
             seconds += self._absorb()
         return seconds

@@ -138,8 +138,8 @@ class _Run:
         read = n.stored - n.linears * self.in_files
         fit = fit_seconds(seconds) + seconds.fold() + 2 * seconds.outliers(seen)
         stages = [
-            self._stage("load model", self.reading.opening + read / self.reading.weights, network, 0.1e9),
-            self._stage("read text", CHARACTERS * self.text_tokens / self.reading.characters, network, 0),
+            self._stage("load model", self.reading.opening + read * self.reading.weight, network, 0.1e9),
+            self._stage("read text", CHARACTERS * self.text_tokens * self.reading.character, network, 0),
             self._stage("evaluate original", seconds.forward(held) + seconds.head(held, 1), network, 2 * chunk),
             self._stage("fit and fold", fit, rotated, max(48.0 * WORDS_AT_ONCE * n.width, more.fit())),
         ]

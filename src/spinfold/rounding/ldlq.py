@@ -51,11 +51,14 @@ def ldlq(
     factor = inverse_factor(h_II, damp)
     u_II = factor.u_II
     m_II = torch.linalg.solve_triangular(u_II, u_II.diagonal().diag(), upper=True).to(w_OI.dtype)
-    damped_II = h_II + factor.damping * h_II.diagonal().abs().mean() * torch.eye(len(h_II)).to(h_II)
     with precision("fp32", w_OI.device):
         rounded = round_columns(w_OI, m_II, grid, base_OI=w_OI)
-        for _ in range(0 if factor.diagonal else passes):
-            rounded = _descend(w_OI, damped_II.to(w_OI.dtype), rounded)
+        if passes and not factor.diagonal:
+            damped_II = h_II.clone()
+            damped_II.diagonal().add_(factor.damping * h_II.diagonal().abs().mean())
+            damped_II = damped_II.to(w_OI.dtype)
+            for _ in range(passes):
+                rounded = _descend(w_OI, damped_II, rounded)
     return rounded, report_of(w_OI, h_II, rounded.dequantize(w_OI.dtype), nearest_OI, factor, num_dead)
 
 
