@@ -10,7 +10,7 @@ Every process runs the same program on the same arguments, with a device of its 
     spread(x), total(x) x itself, and Σ x, in an objective of which each process computes its share of the terms
     alike(thing)        what the first process has
     everyones(thing)    what each process has, as a list
-    gathered(part)      parts of one size, one behind the other
+    mesh(device)        all processes, as FSDP2 asks for them
     dealt(jobs, work)   each job done by one process, and all results
     on_first(do)        done by the first process alone, such as whatever writes
 
@@ -29,11 +29,13 @@ import pickle
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from spinfold.errors import SpinfoldError
 from spinfold.progress import launched
@@ -44,12 +46,12 @@ __all__ = [
     "alike",
     "dealt",
     "everyones",
-    "gathered",
     "held_by_first",
     "is_first",
     "joined",
     "local_rank",
     "local_world",
+    "mesh",
     "on_first",
     "rank",
     "share",
@@ -213,14 +215,14 @@ def everyones(thing: T) -> list[T]:
     return [alike(thing, source) for source in range(world())]
 
 
-def gathered(part: Tensor) -> Tensor:
-    """The parts of all processes, of one shape, one behind the other along the first axis."""
-    if world() == 1:
-        return part
-    whole = part.new_empty(world(), *part.shape)
-    with _together():
-        dist.all_gather([one.view(torch.uint8) for one in whole], part.contiguous().view(torch.uint8))
-    return whole.flatten(0, 1)
+@cache
+def mesh(device: str) -> DeviceMesh:
+    """All processes in a row, on this kind of device, in a group of their own.
+
+    PyTorch's caches keep a mesh, and its group, to the end. With the common group a thread of Gloo could then still be
+    about to let go of the last message's tensors when the interpreter is gone, which aborts the process.
+    """
+    return DeviceMesh.from_group(dist.new_group(timeout=_PATIENCE), device)
 
 
 def dealt(jobs: Iterable[T], work: Callable[[T], R]) -> list[R]:

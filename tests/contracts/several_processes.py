@@ -18,6 +18,7 @@ from typing import Any
 import tiny_run
 import torch
 from stopped import Stopped, StopsAt, every_step_kept
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -33,6 +34,7 @@ from spinfold.methods.quarot import hadamard_maps
 from spinfold.methods.spinquant import learnable
 from spinfold.networks import Network
 from spinfold.networks.sources import resolve
+from spinfold.networks.stream import hidden_in_batches
 from spinfold.progress import Quiet, launched
 from spinfold.recipe import Recipe
 from spinfold.rotation import rotate_network
@@ -93,21 +95,36 @@ def compute(folder: Path) -> dict[str, Any]:
 
 
 def _shared_out(subject: Subject, recipe: Recipe) -> dict[str, Any]:
-    """A fit with whole weights in each process, and one with parts of them: of three passes one process has one, the
-    other two. With 8 bits, since 4 of so small a network make much of a difference in the last bit."""
+    """A network with whole weights in each process, and one with parts of them: the same hidden states, of one batch
+    in one process and two in the other; the same fit, whose three passes they share likewise; parts before and after.
+
+    With 8 bits, since 4 of so small a network make much of a difference in the last bit.
+    """
     recipe, ids_NT = recipe.with_(bits="W8A8KV8"), subject.windows(32, 6, 0)
-    found: dict[str, Any] = {}
-    for shared_out in (False, True):
+    own = ids_NT[: 1 + together.rank()]
+    found: list[tuple[list[Any], list[float]]] = []
+    for shared_out in (False, True)[: together.world()]:
         network = subject.network.held(torch.float32, shared_out=shared_out)
         assert network.resident is not shared_out
+        held = sum(_bytes_held(layer.module) for layer in network.layers)
+        hidden = [hidden_BTD.tolist() for hidden_BTD in hidden_in_batches(network, own, "fp32", 32)]
         task = FitTask(network, recipe, ("residual", "value"), lambda *_: ids_NT)
         maps, learned = learnable(hadamard_maps(task, random_value=True), network.device)
         quantize_wires(network, recipe, maps, scale_gradient=True)
         loss, schedule = partial(next_token_loss, network), Schedule(steps=3, batch=3, tokens_per_pass=32)
         log = fit_end_to_end(network, loss, [ids_NT], [CayleySGD(learned, 0.02)], schedule, "fp32")
-        found["parts" if shared_out else "whole"] = list(log.losses)
-    assert found["parts"] == found["whole"]
-    return {"losses": found["parts"]}
+        found.append((hidden, list(log.losses)))
+        whole = sum(4 * p.numel() for layer in subject.network.layers for p in layer.module.parameters())
+        assert held == sum(_bytes_held(layer.module) for layer in network.layers)
+        assert held < (0.51 if shared_out else 1.01) * whole
+    assert found[-1] == found[0]
+    return {"losses": found[-1][1]}
+
+
+def _bytes_held(module: torch.nn.Module) -> int:
+    """Of its parameters, in this process."""
+    held = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
+    return sum(one.untyped_storage().nbytes() for one in held)
 
 
 def _in_fp64(folder: Path) -> dict[str, Any]:

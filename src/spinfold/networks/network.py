@@ -21,7 +21,7 @@ from spinfold.networks.family import family_of
 from spinfold.networks.layer import Layer, Linear, parts_of
 from spinfold.networks.norms import Fp64Norm, FusedNorm
 from spinfold.networks.placement import Away, Store, put
-from spinfold.networks.shards import SharedOut
+from spinfold.networks.shards import SharedOut, Turns
 from spinfold.networks.wired import WIRED
 
 __all__ = ["Network"]
@@ -63,6 +63,7 @@ class Network:
     ) -> None:
         settle_vector_functions()  # nothing is computed without a network
         self.checkpointing = False
+        self.turns: Turns | None = None
         self.family = family_of(model.config.model_type)
         self.model, self.tokenizer, self.name = model, tokenizer, name or self.family.name
         self._check_coverage()
@@ -226,6 +227,8 @@ class Network:
             if shared_out:
                 linears_of = {x.parameter.removeprefix(f"{layer.prefix}.") for x in layer.foldable}
                 layer.away = SharedOut(layer.module, linears_of)
+        if shared_out:
+            twin.turns = Turns([layer.module for layer in twin.layers])
         if self.device.type == "cuda":
             for norm in twin.norms:
                 norm.forward = FusedNorm(norm, self.family.gain_offset)
@@ -252,12 +255,16 @@ class Network:
             return cast(Tensor, self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state)
         x_BTD, kwargs_of = self.arguments(ids_BT)
         again = self.checkpointing and torch.is_grad_enabled()
-        for layer, kwargs in zip(self.layers, kwargs_of, strict=True):
-            if again:  # nothing in a layer is random
-                x_BTD = checkpoint(layer, x_BTD, use_reentrant=False, preserve_rng_state=False, **kwargs)
-            else:
-                x_BTD = layer(x_BTD, **kwargs)
-        return cast(Tensor, self.final_norm(x_BTD))
+
+        def run(x_BTD: Tensor) -> Tensor:
+            for layer, kwargs in zip(self.layers, kwargs_of, strict=True):
+                if again:  # nothing in a layer is random
+                    x_BTD = checkpoint(layer, x_BTD, use_reentrant=False, preserve_rng_state=False, **kwargs)
+                else:
+                    x_BTD = layer(x_BTD, **kwargs)
+            return x_BTD
+
+        return cast(Tensor, self.final_norm(self.turns(run, x_BTD) if self.turns else run(x_BTD)))
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """The head and what the family does after it, `(B, T, V)`."""

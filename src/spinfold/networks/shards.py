@@ -1,49 +1,69 @@
-"""Frozen weights in equal parts on the devices of all processes, brought together for a layer's turn.
+"""Frozen weights in equal parts on the devices of all processes, by FSDP2, brought together for a layer's turn.
 
-    on each device:  16-bit weights / processes,  and one layer whole
+    on each device:  16-bit weights / processes,  one layer whole, and the next one on its way
 
-So an end-to-end fit can have a network that is larger than a GPU: its weights need no gradient, and a layer's turn
-comes once in the forward pass and once when it is computed again in the backward pass.
+So an end-to-end fit can have a network that is larger than a GPU. Its weights take no gradient: nothing but the maps'
+gradients is exchanged besides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from spinfold.distributed import gathered, rank, world
-from spinfold.networks.placement import Away, put
+from spinfold.distributed import mesh
+from spinfold.networks.placement import Away
 
-__all__ = ["SharedOut"]
+__all__ = ["SharedOut", "Turns"]
 
 
 class SharedOut(Away):
     """A layer's weights, of which this process holds its part of the `large` ones, and all of the others.
 
-    A turn is taken by all processes together: they must give the same layers their turns, in the same order.
+    A turn is taken by all processes together: they must give the same layers their turns, in the same order. Where
+    gradients are taken, FSDP2 itself brings the weights and takes them away, forwards and backwards; else they stay
+    for as many batches as this process has, and another may have one more.
     """
 
     def __init__(self, module: nn.Module, large: Collection[str]) -> None:
         self.users, self.changes = 0, []
-        parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
-        self.large = {name: parameters[name].shape for name in parameters if name in large}
-        self.others = {name: tensor for name, tensor in parameters.items() if name not in large}
-        flat = torch.cat([parameters[name].flatten() for name in self.large])
-        self.device, size = flat.device, -(-len(flat) // world())
-        self.part = F.pad(flat, (0, size * world() - len(flat)))[rank() * size : (rank() + 1) * size].clone()
-        self.forget(module)
+        others = {parameter for name, parameter in module.named_parameters() if name not in large}
+        share_out(module, others)
 
     def copy(self) -> Away:
         raise NotImplementedError("a network that is shared out is there to be computed with, not to be changed")
 
     def fetch(self, module: nn.Module) -> None:
-        """Bring the parts together."""
-        sizes = [shape.numel() for shape in self.large.values()]
-        pieces: dict[str, Tensor] = dict(zip(self.large, gathered(self.part)[: sum(sizes)].split(sizes), strict=True))
-        for name, shape in self.large.items():
-            put(module, name, pieces[name].view(shape))
-        for name, tensor in self.others.items():
-            put(module, name, tensor)
+        if not torch.is_grad_enabled():
+            cast(FSDPModule, module).set_reshard_after_forward(False)
+            cast(FSDPModule, module).unshard()
+
+    def forget(self, module: nn.Module) -> None:
+        if not torch.is_grad_enabled():
+            cast(FSDPModule, module).set_reshard_after_forward(True)
+            cast(FSDPModule, module).reshard()
+
+
+class Turns(nn.Module):
+    """Layers that are shared out, as one module: it tells FSDP2 that they follow each other, so that the next one's
+    weights travel while one computes.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        share_out(self, set(self.parameters()))
+        self(lambda x: x, torch.zeros(0))  # FSDP2 takes what runs first as the one around all
+
+    def forward(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return run(x)
+
+
+def share_out(module: nn.Module, but: set[nn.Parameter]) -> None:
+    """Cut the parameters along their first axis, in place, except `but`."""
+    device = next(module.parameters()).device
+    fully_shard(module, mesh=mesh(device.type), reshard_after_forward=True, ignored_params=but)
