@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 benchmarks/shards.py OUT [--steps 6] [--tiny]
 
-Steps of SpinQuant as in `large.py fit`: 8 × 2048 tokens, W16A4KV4, random weights; the processes share a step's windows.
+Steps of SpinQuant as in `large.py fit`: 8 × 2048 tokens, W16A4KV4, random weights; all processes share the windows.
 OUT/shards.json has both; the table says the median step, the most memory of any GPU, and how equal the losses are.
 """
 
