@@ -204,6 +204,6 @@ class Seconds:
         settings, calibration = self.recipe.rounding, self.recipe.calibration
         tokens = float(min(settings.batch, calibration.samples) * calibration.seq_len)
         steps = settings.steps * (
-            3.5 * self.forward(tokens) + self.passes(75.0 * self.sizes.linears) + self.one_by_one(0.33)
+            3.5 * self.forward(tokens) + self.passes(75.0 * self.sizes.linears) + self.one_by_one(0.3)
         )
         return steps + 12 * (self.forward(calibration_tokens(self.recipe)) + self.passes(22.0 * self.sizes.linears))
