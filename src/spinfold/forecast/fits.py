@@ -29,7 +29,7 @@ __all__ = ["FITS", "fit_seconds"]
 
 SIXTEEN_BITS = 2.5
 """How many times as fast as the GPU's measured rate, which is of TF32, products in 16 bits are."""
-SMALL_KERNELS = 1.8e-7
+SMALL_KERNELS = 1.6e-7
 """Seconds that a token of a step takes in each layer of a GPU's end-to-end fit beside products and passes."""
 SUBSETS = 13
 """About how many subsets of layers SpinOut's search tries: six nested ones, and those beside the cut."""
@@ -99,8 +99,8 @@ def _with_outliers(s: Seconds) -> float:
     looks = spinout.SCORE_WINDOWS * scored + spinout.VALIDATION_WINDOWS * SUBSETS
     look = 1.4 * s.forward(window) + s.head(window, 1)
     batches = looks * window / spinout.TOKENS_PER_BATCH
-    trials = SUBSETS * min(steps, spinout.TRIAL_STEPS) * _step(s) + s.one_by_one(SUBSETS)
-    return steps * _step(s) + trials + looks * look + s.one_by_one(0.13 * batches)
+    trials = SUBSETS * min(steps, spinout.TRIAL_STEPS) * _step(s) + s.one_by_one(0.5 * SUBSETS)
+    return steps * _step(s) + trials + looks * look + s.one_by_one(0.06 * batches)
 
 
 def _to_activations(s: Seconds) -> float:
