@@ -20,6 +20,7 @@ import torch
 
 from spinfold.distributed import everyones, is_first, joined, local_rank, world
 from spinfold.methods import spinquant
+from spinfold.progress import launched
 
 
 def main() -> int:
@@ -29,6 +30,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
+    if launched()[1] == 1:
+        parser.error("several processes are compared here: start it by torchrun")
     if large.DEVICE.type == "cuda":
         torch.cuda.set_device(local_rank())
     found: dict[str, Any] = {}

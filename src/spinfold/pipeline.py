@@ -193,7 +193,7 @@ def predict(
     texts = texts_of(recipe.calibration.source, evaluate_on)
     before = measure_reading(checkpoint, texts[0])
     machine = measure_machine(place, recipe.compute)
-    after = measure_reading(checkpoint, texts[0])
+    after = measure_reading(checkpoint, texts[0], again=True)
     return _forecast(checkpoint, recipe, texts, machine, Reading.mean(before, after))
 
 

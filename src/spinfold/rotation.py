@@ -9,7 +9,6 @@ Shapes: N windows, T tokens.
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -22,7 +21,7 @@ from torch import Tensor
 from spinfold import plan
 from spinfold.checkpoint import round_weights, save_folder
 from spinfold.compute import pick_device
-from spinfold.distributed import alike, world
+from spinfold.distributed import alike
 from spinfold.errors import CheckFailed, SpinfoldError
 from spinfold.evaluation import (
     TOLERANCE,
@@ -100,8 +99,6 @@ def rotate_network(
 
         task = FitTask(network, recipe, sites, draw, progress, journal or Journal())
         maps, log = alike(METHODS[recipe.method].fit(task))
-        if world() > 1:
-            gc.collect()  # layers that were shared out and what FSDP2 knows of them hold each other
         log = replace(log, samples=log.samples or asked)
         maps.explain().require(f"The method {recipe.method} gave a map that can't be folded.")
     if recipe.online_dtype != "float32":

@@ -9,12 +9,15 @@ import os
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
 import tiny_run
 import torch
 from stopped import Stopped, StopsAt, every_step_kept
@@ -29,6 +32,7 @@ from spinfold.fitting.end_to_end import Schedule, fit_end_to_end
 from spinfold.fitting.objectives import next_token_loss
 from spinfold.folding import fold_norms
 from spinfold.maps import CayleySGD, Orthogonal, SiteMaps, random_orthogonal
+from spinfold.methods import spinquant
 from spinfold.methods.base import FitTask
 from spinfold.methods.quarot import hadamard_maps
 from spinfold.methods.spinquant import learnable
@@ -118,7 +122,37 @@ def _shared_out(subject: Subject, recipe: Recipe) -> dict[str, Any]:
         assert held == sum(_bytes_held(layer.module) for layer in network.layers)
         assert held < (0.51 if shared_out else 1.01) * whole
     assert found[-1] == found[0]
-    return {"losses": found[-1][1]}
+    with pytest.raises(NotImplementedError, match="not to be") if together.world() > 1 else nullcontext():
+        network.copy()
+    return {"losses": found[-1][1], "recipe": {"losses": _by_the_recipe(subject, recipe)}}
+
+
+def _by_the_recipe(subject: Subject, recipe: Recipe) -> list[float]:
+    """SpinQuant's fit, and once more as if the network were too large: the same losses, the first layer in parts again
+    while the last one computes, and nothing left of either copy."""
+    asked = recipe.with_(method="spinquant", compute="bf16", fit__steps=3, fit__batch=3)
+    losses, copies, in_parts = [], list[weakref.ref[Network]](), list[bool]()
+    held = Network.held
+
+    def noted(network: Network, dtype: torch.dtype, *, shared_out: bool = False) -> Network:
+        twin = held(network, dtype, shared_out=shared_out)
+        copies.append(weakref.ref(twin))
+        first, last = twin.layers[0].linears["q"].module, twin.layers[-1].module
+        if shared_out:
+            last.register_forward_pre_hook(lambda *_: in_parts.append(isinstance(first.weight, DTensor)))
+        return twin
+
+    for shared_out in (False, True)[: together.world()]:
+        with (
+            mock.patch.object(spinquant, "_too_large", lambda _, answer=shared_out: answer),
+            mock.patch.object(Network, "held", noted),
+        ):
+            losses.append(list(rotate_network(subject, asked, Quiet()).log.losses))
+        assert len(copies) == len(losses)
+        assert copies[-1]() is None
+    assert losses[-1] == losses[0]
+    assert in_parts[:1] == [True][: together.world() - 1]
+    return losses[-1]
 
 
 def _bytes_held(module: torch.nn.Module) -> int:

@@ -28,6 +28,7 @@ from spinfold.forecast import UNREAD, Forecast, Machine, Reading, Sizes, forecas
 from spinfold.forecast import machine as forecast_machine
 from spinfold.forecast import reading as forecast_reading
 from spinfold.forecast.fits import FITS
+from spinfold.forecast.memory import Bytes
 from spinfold.methods import METHODS
 from spinfold.networks import Network
 from spinfold.networks.safetensors_reader import SafetensorsFolder
@@ -154,6 +155,22 @@ def test_a_budget_is_measured_at_seven_widths(checkpoint: Checkpoint) -> None:
     assert more[0].seconds > next(x.seconds for x in plain.stages if x.name.startswith("round"))
 
 
+def test_what_several_gpus_share_has_a_part_on_each(checkpoint: Checkpoint) -> None:
+    """Of a copy in 16 bits that takes more than half of a GPU each holds a part, and two layers whole."""
+    n = replace(Sizes.of(checkpoint), layers=80, linears=68 * 10**9, parameters=70 * 10**9)
+    recipe = Recipe(method="spinquant")
+
+    def fit(processes: int, free: int = 8 * 10**10) -> float:
+        machine = replace(CUDA, free_device_bytes=free, processes=processes)
+        return Bytes(n, recipe, machine, in_files=True).fit()
+
+    linears = 2 * n.linears
+    assert fit(1) - fit(2) == pytest.approx(linears * (1 / 2 - 2 / 80))
+    assert fit(2) - fit(8) == pytest.approx(linears * (1 / 2 - 1 / 8))
+    assert fit(2, free=10**12) == fit(1)
+    assert fit(8) < 8e10 < fit(1)
+
+
 def test_on_a_gpu_the_network_is_there_and_not_here(checkpoint: Checkpoint) -> None:
     here, there = predicted(checkpoint), predicted(checkpoint, CUDA)
     assert here.peak_device_bytes is None
@@ -196,6 +213,12 @@ def test_a_few_weights_are_those_of_the_model(kind: str, checkpoint: Checkpoint,
     assert sum(sizes) - max(sizes) < 5000 <= sum(sizes)
     every = source.load_model().state_dict().values()
     assert all(any(torch.equal(weight_OI, other) for other in every) for weight_OI in few)
+    others = source.read_some(5000, but=5000)
+    assert sum(weight_OI.numel() for weight_OI in others) >= 5000
+    assert not any(torch.equal(one, other) for one in few for other in others)
+    matrices = sum(map(prod, source.layer_matrices.values()))
+    for count, but in ((5000, 10**9), (10**9, 5000), (10**9, 10**9)):  # there are not so many
+        assert sum(weight_OI.numel() for weight_OI in source.read_some(count, but=but)) >= min(count, matrices)
 
 
 def test_a_folder_of_the_base_model_has_the_same_sizes(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -216,7 +239,7 @@ def test_reading_is_measured_before_and_after_the_machine(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moments = iter([READING, MACHINE, Reading(1.5, 5e-8, 3e-6)])
-    monkeypatch.setattr(pipeline, "measure_reading", lambda *_: next(moments))
+    monkeypatch.setattr(pipeline, "measure_reading", lambda *_, **__: next(moments))
     monkeypatch.setattr(pipeline, "measure_machine", lambda *_: next(moments))
     told = spinfold.predict(str(model), tmp_path / "out", recipe(text, method="quarot"), device="cpu")
     assert told.machine is MACHINE
@@ -242,9 +265,8 @@ def test_a_plan_reads_few_weights_and_writes_nothing(
     for stage in ("load model", "evaluate original", "round weights", "all"):
         assert stage in table
     shapes = resolve(model).shapes
-    few = set(names)
-    assert 5000 <= sum(prod(shapes[name]) for name in few) < sum(map(prod, shapes.values())) / 4
-    assert len(names) == 2 * len(few)
+    assert len(names) == len(set(names))  # what was read once needs no disk the second time
+    assert 10000 <= sum(prod(shapes[name]) for name in names) < sum(map(prod, shapes.values())) / 3
     assert main([*command, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["seconds"] == pytest.approx(sum(stage["seconds"] for stage in told["stages"]))

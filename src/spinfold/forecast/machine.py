@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from statistics import median
@@ -14,15 +14,15 @@ import torch
 
 from spinfold.allocator import resident_bytes
 from spinfold.compute import pick_precision
-from spinfold.distributed import local_world
+from spinfold.distributed import local_world, world
 
 __all__ = ["Machine", "measure_machine", "unmeasured_machine"]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """How fast it multiplies (in the run's precision, fp32, fp64) and passes over numbers, each per second; and its
-    room.
+    """How fast it multiplies (in the run's precision, fp32, fp64) and passes over numbers, each per second; its room;
+    and how many processes work together, each with as much.
     """
 
     device: str
@@ -32,6 +32,7 @@ class Machine:
     passes: float
     free_bytes: int
     free_device_bytes: int | None = None
+    processes: int = 1
 
 
 _BURSTS, _BURST_SECONDS, _PAUSE = 10, 0.05, 0.3
@@ -80,13 +81,13 @@ def measure_machine(device: torch.device, compute: str = "auto") -> Machine:
     fp32, passes = rates["products_fp32"], rates["passes"]
     fast, fp64 = rates.get("products", fp32), rates.get("products_fp64", fp32 / 2)
     room = unmeasured_machine(device)
-    return Machine(room.device, fast, fp32, fp64, passes, room.free_bytes, room.free_device_bytes)
+    return replace(room, products=fast, products_fp32=fp32, products_fp64=fp64, passes=passes)
 
 
 def unmeasured_machine(device: torch.device) -> Machine:
     """The machine's room alone, for a look at memory: its rates are infinite. Of several processes each has a share."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    return Machine(device.type, inf, inf, inf, inf, _free_bytes() // local_world(), free)
+    return Machine(device.type, inf, inf, inf, inf, _free_bytes() // local_world(), free, world())
 
 
 def _burst(work: Callable[[], object], device: torch.device) -> list[float]:

@@ -26,6 +26,7 @@ from spinfold.methods.kurtail import TOKENS as CAPTURED
 from spinfold.methods.optrot import LARGE, LAYERS
 from spinfold.methods.optrot_plus import NUMBERS as FEEDBACK_NUMBERS
 from spinfold.methods.spinfold import TOKENS, WINDOWS, weights_are_coarsest
+from spinfold.methods.spinquant import shared_out
 from spinfold.recipe import Recipe
 from spinfold.rounding import MEASURED_WINDOWS
 
@@ -73,9 +74,17 @@ class Bytes:
         if not self._pass_tokens():
             return 0.0
         n = self.sizes
-        copy = 2.0 * n.parameters * (self.machine.device == "cuda")
+        copy = self._copy() if self.machine.device == "cuda" else 0.0
         together = self._inputs() + max(self._layer(), self.loss()) if self.again else self.graph() + self.loss()
         return copy + together + 8.0 * end_to_end_bases(self.recipe, n.layers) * n.width**2
+
+    def _copy(self) -> float:
+        """All of it in bf16; or, of layers that several processes share, a part, and two layers whole."""
+        n, machine = self.sizes, self.machine
+        if not self.in_files or not shared_out(n.parameters, machine.free_device_bytes or inf, machine.processes):
+            return 2.0 * n.parameters
+        layers = min(n.layers, n.layers / machine.processes + 2)
+        return 2.0 * (n.parameters - n.linears + n.linears * layers / n.layers)
 
     def _pass_tokens(self) -> int:
         """Tokens that are back-propagated through at once; 0 if the method does not."""

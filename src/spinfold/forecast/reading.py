@@ -40,13 +40,16 @@ UNREAD = Reading(0.0, 0.0, 0.0)
 """For a look at memory alone."""
 
 
-def measure_reading(checkpoint: Checkpoint, text: Text) -> Reading:
-    """Do a little of what a run begins with; raises what that would raise (`Checkpoint.load_tokenizer`)."""
+def measure_reading(checkpoint: Checkpoint, text: Text, *, again: bool = False) -> Reading:
+    """Do a little of what a run begins with; raises what that would raise (`Checkpoint.load_tokenizer`).
+
+    `again`: with other weights, since those of the first time need no disk.
+    """
     start = time.perf_counter()
     tokenizer = checkpoint.load_tokenizer()
     checkpoint.open_model()
     opened = time.perf_counter()
-    weights = sum(weight.numel() for weight in checkpoint.read_some(FEW_WEIGHTS))
+    weights = sum(weight.numel() for weight in checkpoint.read_some(FEW_WEIGHTS, but=FEW_WEIGHTS * again))
     read = time.perf_counter()
     tokenize(text.text[:FEW_CHARACTERS], tokenizer)
     tokenized = time.perf_counter()

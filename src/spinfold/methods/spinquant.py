@@ -19,6 +19,7 @@ Three differences from the published code, on purpose; the recipe `spinquant` ha
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -40,7 +41,7 @@ from spinfold.networks import Network, hidden_in_batches
 from spinfold.recipe import Recipe
 from spinfold.runtime import quantize_wires, round_weights_through
 
-__all__ = ["BATCH", "SPINQUANT", "STEPS", "fit_on_loss", "learnable", "settled"]
+__all__ = ["BATCH", "SPINQUANT", "STEPS", "fit_on_loss", "learnable", "settled", "shared_out"]
 
 STEPS, BATCH = 100, 8
 _DENSE_SIZE = 4096
@@ -104,6 +105,20 @@ def fit_on_loss(
     as it is without quantizers, or the sum of both. Clip ratios that the
     recipe leaves to a search are those of the maps as they are given, and learned from there if it says so.
     """
+    try:
+        return _fit_on_loss(task, maps, learned, loss, learning_rate)
+    finally:
+        if world() > 1:
+            gc.collect()  # layers that were shared out, and what FSDP2 knows of them, hold each other
+
+
+def _fit_on_loss(
+    task: FitTask,
+    maps: SiteMaps,
+    learned: Sequence[Tensor],
+    loss: Literal["next_token", "kl", "both"],
+    learning_rate: float,
+) -> FitLog:
     fit, network = task.recipe.fit, task.network
     mode, weights = _precision(task), _weight_format(task.recipe)
     seq_len, batch = fit.seq_len or task.recipe.calibration.seq_len, fit.batch or BATCH
@@ -118,7 +133,7 @@ def fit_on_loss(
         steps,
         batch,
         decay=fit.schedule or "linear",
-        checkpointing=fit.checkpointing or not graph_fits(network, batch * seq_len),
+        checkpointing=fit.checkpointing or not network.resident or not graph_fits(network, batch * seq_len),
     )
     rate, rule = fit.learning_rate or learning_rate, fit.step_rule or "spectral"
     optimizers: list[Optimizer] = [CayleySGD(learned, rate, rule, fit.clip_grad_norm)]
@@ -157,12 +172,17 @@ def _hidden(network: Network, ids_NT: Tensor, mode: str) -> Tensor:
     return torch.cat([hidden_BTD for part in everyones(own) for hidden_BTD in part])
 
 
+def shared_out(parameters: int, free_bytes: float, processes: int) -> bool:
+    """Would 16-bit weights take more than half of what is free on a GPU? Then several processes share them."""
+    return processes > 1 and 2 * parameters > free_bytes / 2
+
+
 def _too_large(network: Network) -> bool:
-    """Would 16-bit weights take more than half of what is free on the GPU of some process? Then they share them."""
+    """For the GPU of some process."""
     large = False
-    if world() > 1 and not network.resident and network.device.type == "cuda":
-        needed = 2 * sum(parameter.numel() for parameter in network.model.parameters())
-        large = needed > torch.cuda.mem_get_info(network.device)[0] / 2
+    if not network.resident and network.device.type == "cuda":
+        parameters = sum(parameter.numel() for parameter in network.model.parameters())
+        large = shared_out(parameters, torch.cuda.mem_get_info(network.device)[0], world())
     return any(everyones(large))
 
 

@@ -175,7 +175,7 @@ class Layer:
     def change(self, do: Callable[[Layer], None]) -> None:
         """Let `do(layer)` change the weights, for good."""
         if self.away is not None:
-            self.away.changes.append(do)
+            self.away.change(do)
         if self.away is None or self.away.users:
             do(self)
 

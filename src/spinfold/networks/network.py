@@ -236,6 +236,8 @@ class Network:
 
     def _twin(self, memo: dict[int, Any]) -> Network:
         """A copy; `memo` has what stands in it for some objects, as in `copy.deepcopy`."""
+        if self.turns:
+            raise NotImplementedError("a network that is shared out is there to be computed with, not to be copied")
         twin = copy.copy(self)
         twin.model = copy.deepcopy(self.model, memo)
         twin.layers = []

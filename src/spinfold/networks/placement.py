@@ -46,6 +46,10 @@ class Away:
         twin.changes = list(self.changes)
         return twin
 
+    def change(self, do: Callable[[Any], None]) -> None:
+        """Let `do(layer)` change the weights each time that they have come."""
+        self.changes.append(do)
+
     def fetch(self, module: nn.Module) -> None:
         """Put the stored weights into a module."""
         names = [name for name, _ in module.named_parameters()]

@@ -9,7 +9,7 @@ gradients is exchanged besides.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class SharedOut(Away):
         others = {parameter for name, parameter in module.named_parameters() if name not in large}
         share_out(module, others)
 
-    def copy(self) -> Away:
+    def change(self, do: Callable[[Any], None]) -> None:
         raise NotImplementedError("a network that is shared out is there to be computed with, not to be changed")
 
     def fetch(self, module: nn.Module) -> None:

@@ -159,14 +159,19 @@ class Checkpoint:
         model.requires_grad_(False)
         return model.to(device).eval()
 
-    def read_some(self, count: int) -> list[Tensor]:
-        """The smallest matrices of the layers, in fp32, as many as have the weights asked for together."""
-        names: list[str] = []
-        for name, shape in sorted(self.layer_matrices.items(), key=lambda item: _product(item[1])):
-            if count <= 0:
-                break
-            names.append(name)
-            count -= _product(shape)
+    def read_some(self, count: int, *, but: int = 0) -> list[Tensor]:
+        """The smallest matrices of the layers, in fp32, as many as have `count` weights together. With `but`, those
+        behind the ones that have so many; from the front again, where there are no more.
+        """
+        matrices = sorted(self.layer_matrices.items(), key=lambda item: _product(item[1]))
+        all_of_them = sum(_product(shape) for _, shape in matrices)
+        but, count, names = min(but, all_of_them), min(count, all_of_them), list[str]()
+        for name, shape in [*matrices, *matrices]:
+            if but > 0:
+                but -= _product(shape)
+            elif count > 0:
+                names.append(name)
+                count -= _product(shape)
         if isinstance(self.weights, GgufFile):
             return list(gguf_reader.state_dict(self.weights, self.config, names=names).values())
         # A copy even of what is fp32 already: a tensor of a file is read when it is used.
