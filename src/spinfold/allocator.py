@@ -1,13 +1,14 @@
-"""What the process holds, and what the C library does with memory that was freed; where it is not glibc, nothing."""
+"""What the process holds, what is free, and what the C library does with freed memory (only glibc's is asked)."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["keep_freed_memory", "resident_bytes", "return_freed_memory"]
+__all__ = ["free_bytes", "keep_freed_memory", "resident_bytes", "return_freed_memory"]
 
 
 def keep_freed_memory() -> None:
@@ -27,6 +28,15 @@ def return_freed_memory() -> None:
     """Have the C library give back to the system what it keeps, so that what comes next has a peak of its own."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def free_bytes() -> int:
+    """Host memory that is there to be taken; where the system does not say, all there is."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def resident_bytes() -> int:

@@ -23,6 +23,7 @@ import spinfold
 from spinfold import pipeline
 from spinfold.cli import main
 from spinfold.errors import SpinfoldError
+from spinfold.fitting.end_to_end import GRAPH_SHARE, Schedule, numbers_of_token
 from spinfold.fitting.text import Text
 from spinfold.forecast import UNREAD, Forecast, Machine, Reading, Sizes, forecast, measure_machine, measure_reading
 from spinfold.forecast import machine as forecast_machine
@@ -125,6 +126,11 @@ def test_checkpointing_trades_time_for_memory(checkpoint: Checkpoint) -> None:
     assert kept.seconds > plain.seconds
     fits = [stage for found in (plain, kept) for stage in found.stages if stage.name == "fit and fold"]
     assert fits[0].peak_bytes > fits[1].peak_bytes
+    n = Sizes.of(checkpoint)
+    graph = 4 * Schedule.tokens_per_pass * n.layers * numbers_of_token(n.width, n.mlp_width)
+    need = round(10 * n.parameters + graph / GRAPH_SHARE)
+    for room, same in ((need - 8, kept), (need + 8, plain)):  # by itself, where there is no room for the whole graph
+        assert predicted(checkpoint, replace(MACHINE, free_bytes=room), method="spinquant").stages == same.stages
 
 
 def test_a_rounding_takes_what_it_does_more(checkpoint: Checkpoint) -> None:

@@ -158,6 +158,15 @@ def test_computing_activations_again_changes_nothing(family: str) -> None:
     assert not network.checkpointing
 
 
+def test_a_graph_fits_if_it_takes_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network(zoo.FAMILIES["llama"](0, 96, torch.float32))
+    layer = end_to_end.numbers_of_token(network.hidden_size, network.layers[0].mlp_width)
+    graph = 4 * 100 * len(network.layers) * layer
+    for free, fits in ((graph / 0.59, True), (graph / 0.61, False)):
+        monkeypatch.setattr(end_to_end, "free_bytes", lambda free=free: int(free))
+        assert end_to_end.graph_fits(network, 100) is fits
+
+
 def test_a_fit_with_layers_in_files_is_the_same(folder: Callable[..., Path]) -> None:
     (a_DD, a), (b_DD, b) = (fitted(network, checkpointing=False) for network in both(folder("llama")))
     assert torch.equal(a_DD, b_DD) and a == b

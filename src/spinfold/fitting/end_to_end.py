@@ -16,8 +16,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from spinfold.allocator import free_bytes
 from spinfold.compute import precision, products
-from spinfold.distributed import add_up, share, world
+from spinfold.distributed import add_up, local_world, share, world
 from spinfold.fitting.journal import Journal
 from spinfold.networks import Network
 from spinfold.progress import Progress, Quiet
@@ -26,7 +27,7 @@ __all__ = ["GRAPH_SHARE", "FitLog", "Optimizer", "Schedule", "fit_end_to_end", "
 
 Loss = Callable[..., Tensor]
 GRAPH_SHARE = 0.6
-"""Of the GPU memory that is free: a graph may take so much, or activations are computed again."""
+"""Of the memory that is free: a graph may take so much, or activations are computed again."""
 
 
 class Optimizer(Protocol):
@@ -82,12 +83,14 @@ def numbers_of_token(width: int, mlp_width: int) -> float:
 
 
 def graph_fits(network: Network, tokens: int, share: float = GRAPH_SHARE) -> bool:
-    """Do the activations that a pass over so many tokens holds fit into a share of what is free on the GPU?"""
-    if network.device.type != "cuda":
-        return True
-    torch.cuda.empty_cache()
+    """Do the activations that a pass over so many tokens holds fit into a share of what is free on its device?"""
+    if network.device.type == "cuda":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(network.device)[0]
+    else:
+        free = free_bytes() // local_world()
     numbers = sum(numbers_of_token(network.hidden_size, layer.mlp_width) for layer in network.layers)
-    return 4 * min(tokens, Schedule.tokens_per_pass) * numbers < share * torch.cuda.mem_get_info(network.device)[0]
+    return 4 * min(tokens, Schedule.tokens_per_pass) * numbers < share * free
 
 
 def fit_end_to_end(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
-from pathlib import Path
 from statistics import median
 
 import torch
 
-from spinfold.allocator import resident_bytes
+from spinfold.allocator import free_bytes, resident_bytes
 from spinfold.compute import pick_precision
 from spinfold.distributed import local_world, world
 
@@ -86,8 +85,11 @@ def measure_machine(device: torch.device, compute: str = "auto") -> Machine:
 
 def unmeasured_machine(device: torch.device) -> Machine:
     """The machine's room alone, for a look at memory: its rates are infinite. Of several processes each has a share."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    return Machine(device.type, inf, inf, inf, inf, _free_bytes() // local_world(), free, world())
+    on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    free = free_bytes()
+    with suppress(OSError):
+        free += resident_bytes()  # what this process holds already, it needs not find free
+    return Machine(device.type, inf, inf, inf, inf, free // local_world(), on_device, world())
 
 
 def _burst(work: Callable[[], object], device: torch.device) -> list[float]:
@@ -105,14 +107,3 @@ def _burst(work: Callable[[], object], device: torch.device) -> list[float]:
     while time.perf_counter() < end:
         taken.append(once())
     return taken
-
-
-def _free_bytes() -> int:
-    """Host memory that is free or that this process holds already; where the system does not say, all there is."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return (
-            int(lines["MemAvailable"].split()[0]) * 1024 + resident_bytes()
-        )  # what this process holds already, it needs not find free
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -49,7 +49,8 @@ class Bytes:
     @property
     def again(self) -> bool:
         """Will a layer's activations be computed again on the way back, since all of them would not fit?"""
-        n, free = self.sizes, self.machine.free_device_bytes or inf
+        n, machine = self.sizes, self.machine
+        free = machine.free_bytes if machine.free_device_bytes is None else machine.free_device_bytes
         graph = 4.0 * self._pass_tokens() * n.layers * numbers_of_token(n.width, n.mlp_width)
         return self.in_files or self.recipe.fit.checkpointing or graph > GRAPH_SHARE * (free - 10.0 * n.parameters)
 
