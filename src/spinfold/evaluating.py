@@ -99,9 +99,7 @@ def open_network(
     with (progress or Quiet()).stage("load model"):
         if plan.is_run(path):
             plan.check_seq_len(run_config(path), seq_len)
-            machine = unmeasured_machine(device)
-            free = machine.free_bytes if machine.free_device_bytes is None else machine.free_device_bytes
-            return load_run(path, device, HELD_SHARE * free)
+            return load_run(path, device, HELD_SHARE * unmeasured_machine(device).room)
         checkpoint = resolve(str(model))
         plan.check_seq_len(checkpoint.config, seq_len)
         tokenizer = checkpoint.load_tokenizer()

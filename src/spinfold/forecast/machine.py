@@ -33,6 +33,11 @@ class Machine:
     free_device_bytes: int | None = None
     processes: int = 1
 
+    @property
+    def room(self) -> int:
+        """What is free where a run computes: on the GPU, or else here."""
+        return self.free_bytes if self.free_device_bytes is None else self.free_device_bytes
+
 
 _BURSTS, _BURST_SECONDS, _PAUSE = 10, 0.05, 0.3
 _Work = tuple[Callable[[], object], int]

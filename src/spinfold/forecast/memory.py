@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 
 import torch
 
@@ -49,10 +48,9 @@ class Bytes:
     @property
     def again(self) -> bool:
         """Will a layer's activations be computed again on the way back, since all of them would not fit?"""
-        n, machine = self.sizes, self.machine
-        free = machine.free_bytes if machine.free_device_bytes is None else machine.free_device_bytes
+        n, room = self.sizes, self.machine.room
         graph = 4.0 * self._pass_tokens() * n.layers * numbers_of_token(n.width, n.mlp_width)
-        return self.in_files or self.recipe.fit.checkpointing or graph > GRAPH_SHARE * (free - 10.0 * n.parameters)
+        return self.in_files or self.recipe.fit.checkpointing or graph > GRAPH_SHARE * (room - 10.0 * n.parameters)
 
     def fit(self) -> float:
         """End to end, or layer by layer, whichever holds more."""
@@ -82,7 +80,7 @@ class Bytes:
     def _copy(self) -> float:
         """All of it in bf16; or, of layers that several processes share, a part, and two layers whole."""
         n, machine = self.sizes, self.machine
-        if not self.in_files or not shared_out(n.parameters, machine.free_device_bytes or inf, machine.processes):
+        if not self.in_files or not shared_out(n.parameters, machine.room, machine.processes):
             return 2.0 * n.parameters
         layers = min(n.layers, n.layers / machine.processes + 2)
         return 2.0 * (n.parameters - n.linears + n.linears * layers / n.layers)

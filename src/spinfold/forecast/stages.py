@@ -108,8 +108,7 @@ def forecast(
 
 def stays_in_files(checkpoint: Checkpoint, machine: Machine) -> bool:
     """Is the network too large to be held twice, as it is and rotated? Then a layer is read when it has its turn."""
-    free = machine.free_bytes if machine.free_device_bytes is None else machine.free_device_bytes
-    return 8.0 * Sizes.of(checkpoint).parameters > HELD_SHARE * free and checkpoint.can_stay_in_files
+    return 8.0 * Sizes.of(checkpoint).parameters > HELD_SHARE * machine.room and checkpoint.can_stay_in_files
 
 
 @dataclass(frozen=True)
