@@ -187,6 +187,18 @@ def test_the_number_of_tokens_does_not_matter(num_tokens):
     assert torch.equal(map.by_kernel(x[:num_tokens], grid=numbers(fmt)), whole[:num_tokens])
 
 
+@direct
+@pytest.mark.parametrize("size", [576] if INTERPRETED else [5120, 9728, 11008, 14336, 18944])
+@pytest.mark.parametrize("name", [None, "INT4"])
+def test_a_row_is_the_same_in_whichever_turn_its_program_takes_it(size, name):
+    map, x = Hadamard(size), uneven(70 if INTERPRETED else 1500, size).to(NARROW)
+    options = {} if name is None else {"grid": numbers(FORMATS[name]), "packed": True}
+    last = 67  # in their first turn; not so few that they are cut otherwise
+    whole, few = map.by_kernel(x, **options), map.by_kernel(x[-last:], **options)
+    for of_all, alone in zip(*((whole, few) if name else ((whole,), (few,))), strict=True):
+        assert torch.equal(of_all[-last:], alone)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA")
 def test_the_gradient_is_that_of_the_map():
     map, x, g = Hadamard(11008, seed=1), random(3, 11008).requires_grad_(), random(3, 11008, seed=1)

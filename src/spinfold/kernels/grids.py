@@ -40,6 +40,7 @@ __all__ = [
     "room_for",
     "shared_memory",
     "store",
+    "to_cache",
 ]
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23
@@ -95,6 +96,14 @@ _FP4_ELEMENTS = tl.constexpr("""{
     mov.b32 {%a, %b}, %m;
     cvt.f32.f16 $0, %a;
     cvt.f32.f16 $1, %b; }""")
+# By one thread.
+_FETCH = tl.constexpr("""{
+    .reg .pred %p;
+    .reg .b32 %t;
+    mov.u32 %t, %tid.x;
+    setp.eq.u32 %p, %t, 0;
+    @%p cp.async.bulk.prefetch.L2.global [$1], $2;
+    mov.u32 $0, 0; }""")
 _LAST_BYTES = tl.constexpr("""{
     .reg .b32 %a, %b;
     prmt.b32 %a, $1, $2, 0x0040;
@@ -160,6 +169,23 @@ def near_largest(most):
     """The power of two that brings `most` near fp16's largest number; and its inverse."""
     exponent = tl.minimum((14 + 254) - ((most.to(tl.int32, bitcast=True) & _EXPONENT) >> 23), 253)
     return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.constexpr_function
+def _fetches_rows(num_bytes):
+    return not _INTERPRETED and cuda_capability_geq(9, 0) and num_bytes % 16 == 0
+
+
+@triton.jit
+def to_cache(ptr, row, num_rows, N: tl.constexpr):
+    """Have a row of N numbers, if there is one, brought to the L2 cache while the program does something else."""
+    num_bytes: tl.constexpr = N * (ptr.dtype.element_ty.primitive_bitwidth // 8)
+    if _fetches_rows(num_bytes):  # noqa: SIM102 (known when the kernel is compiled, the rest is not)
+        if row < num_rows:
+            tl.inline_asm_elementwise(
+                _FETCH, "=r,l,r", [(ptr + row * N).to(tl.int64), tl.full((), num_bytes, tl.int32)],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
 
 
 # ── what the hardware has one instruction for, since Ada; and the same for older GPUs and the interpreter ──
@@ -261,15 +287,15 @@ def _fp4_element(x):
 
 
 @triton.jit
-def extremes(z, unscale, grid: tl.constexpr):
-    """Smallest and largest number of each group of the lines of z, times `unscale`, one for each line; of each line if
-    the grid is that of a row. The smallest is no more than 0, the largest no less; or both are as far from it as the
-    largest absolute value where the grid wants no more.
+def extremes(z, unscale, grid: tl.constexpr, PIECE: tl.constexpr):
+    """Smallest and largest number of each group of the lines of z, times `unscale`, one for each line; of each PIECE of
+    a line if the grid is that of a row. The smallest is no more than 0, the largest no less; or both are as far from it
+    as the largest absolute value where the grid wants no more.
 
     The largest bits are those of the largest positive number, or as unsigned numbers those of the smallest negative
     one; NaN is beyond all of them. Of integers, the hardware compares three at a time, and no sign has to be removed.
     """
-    W: tl.constexpr = grid.width if grid.width else z.shape[1]
+    W: tl.constexpr = grid.width if grid.width else PIECE
     z_AGW = tl.reshape(z, (z.shape[0], z.shape[1] // W, W))
     high = tl.max(z_AGW.to(tl.int32, bitcast=True), axis=2).to(tl.float32, bitcast=True)
     low = tl.max(z_AGW.to(tl.uint32, bitcast=True), axis=2).to(tl.float32, bitcast=True)
@@ -289,10 +315,17 @@ def _wider(low, high, other_low, other_high):
 
 @triton.jit
 def over_all(ranges, grid: tl.constexpr):
-    """Smallest and largest number of a row, from the `extremes` of all of its tiles."""
-    low, high = _over_tile(ranges[0], grid)
+    """Smallest and largest number of a row, from the `extremes` of all of its tiles. Those of one shape are compared
+    number by number first: then warps meet once for all of them.
+    """
+    low, high = ranges[0]
     for i in tl.static_range(1, len(ranges)):
-        low, high = _wider(low, high, *_over_tile(ranges[i], grid))
+        if ranges[i][0].shape == ranges[0][0].shape:
+            low, high = _wider(low, high, ranges[i][0], ranges[i][1])
+    low, high = _over_tile((low, high), grid)
+    for i in tl.static_range(1, len(ranges)):
+        if ranges[i][0].shape != ranges[0][0].shape:
+            low, high = _wider(low, high, *_over_tile(ranges[i], grid))
     return low, high
 
 

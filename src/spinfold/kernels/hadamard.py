@@ -39,10 +39,11 @@ from spinfold.kernels.grids import (
     put_on_grid,
     room_for,
     store,
+    to_cache,
 )
-from spinfold.kernels.threads import in_order, interleaved, neighbours, stores, swapped, swapped_rows
+from spinfold.kernels.threads import in_order, interleaved, neighbours, of_a_thread, stores, swapped, swapped_rows
 
-__all__ = ["MEASURED", "MEASURED_FEW", "MEASURED_WHOLE", "Tiling", "best_tiling", "hadamard", "tilings"]
+__all__ = ["AHEAD", "MEASURED", "MEASURED_FEW", "MEASURED_WHOLE", "Tiling", "best_tiling", "hadamard", "tilings"]
 
 
 _MEMORY = 227 * 1024
@@ -139,14 +140,11 @@ def _before(sizes, index):
 
 @triton.jit
 def _row_on_grid(
-    zs, unscales, clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row,
+    zs, ranges, unscales, clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row,
     A: tl.constexpr, B: tl.constexpr, RS: tl.constexpr, PARTS: tl.constexpr, grid: tl.constexpr, PACKED: tl.constexpr,
     STORES: tl.constexpr,
 ):  # fmt: skip
     """Put all tiles of a row, as a matrix `(A, B)`, on its grid, or on grids whose scales have one in common."""
-    ranges = ()
-    for i in tl.static_range(len(zs)):
-        ranges = ranges + (extremes(zs[i], unscales[i // PARTS], grid),)
     low, high = over_all(ranges, grid)
     outer = 1.0
     if grid.by_row:
@@ -165,7 +163,7 @@ def _hadamard(
     num_rows, factor,
     A: tl.constexpr, B: tl.constexpr, DS: tl.constexpr, RS: tl.constexpr, TILE_B: tl.constexpr, PARTS: tl.constexpr,
     SHARED: tl.constexpr, TILE_G: tl.constexpr, grid: tl.constexpr, PACKED: tl.constexpr, SIGNS: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     COUNT: tl.constexpr = len(DS)
     C: tl.constexpr = TILE_B // PARTS
@@ -185,6 +183,9 @@ def _hadamard(
         lefts = lefts + (blocks,)
     clip = tl.load(clip_ptr)
     for row in tl.range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0), num_stages=STAGES):
+        if AHEAD:
+            # One instruction for the whole row, so that no thread waits for memory when its turn comes.
+            to_cache(x_ptr, row + AHEAD * tl.num_programs(0), num_rows, N)
         xs = ()
         most = 0.0
         for j in tl.static_range(PARTS):
@@ -203,6 +204,7 @@ def _hadamard(
             up, back = near_largest(most)
             down = factor * back
         zs = ()
+        ranges = ()
         unscales = ()
         for r in tl.static_range(len(RS)):
             first = begin + _before(RS, r)
@@ -224,9 +226,10 @@ def _hadamard(
                 for j in tl.static_range(PARTS):
                     z_RC = in_order(ws[j], RUN, interleaved(RS[r], WARPS, RUN, BITS))
                     if grid.width == 0 or grid.by_row:
+                        ranges = ranges + (extremes(z_RC, unscale_R, grid, of_a_thread(RS[r], C, WARPS)),)
                         zs = zs + (z_RC,)
                     else:
-                        low, high = extremes(z_RC, unscale_R, grid)
+                        low, high = extremes(z_RC, unscale_R, grid, C)
                         put_on_grid(z_RC, unscale_R, low, high, 1.0, clip, y_ptr, codes_ptr, scale_ptr, second_ptr,
                                     row * A + first, A - first, row, False, j * C, B, grid, PACKED, STORES)  # fmt: skip
                 unscales = unscales + (unscale_R,)
@@ -237,12 +240,13 @@ def _hadamard(
             z_GW = _load(scratch_ptr + tl.program_id(0) * N, 0, 0, TILE_G, grid.width, LINES, grid.width)
             tl.debug_barrier()
             one_G = tl.full((TILE_G,), 1.0, tl.float32)
-            _row_on_grid((z_GW,), (one_G,), clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row, LINES, grid.width,
-                         (TILE_G,), 1, grid, PACKED, 1)  # fmt: skip
+            ranges = (extremes(z_GW, one_G, grid, grid.width),)
+            _row_on_grid((z_GW,), ranges, (one_G,), clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row, LINES,
+                         grid.width, (TILE_G,), 1, grid, PACKED, 1)  # fmt: skip
         elif grid is not None:  # noqa: SIM102 (without a grid the next line does not compile)
             if grid.width == 0 or grid.by_row:
-                _row_on_grid(zs, unscales, clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row, A, B, RS, PARTS, grid,
-                             PACKED, STORES)  # fmt: skip
+                _row_on_grid(zs, ranges, unscales, clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row, A, B, RS, PARTS,
+                             grid, PACKED, STORES)  # fmt: skip
 
 
 def hadamard(
@@ -281,16 +285,26 @@ def hadamard(
     clip = one(x.device) if clip is None else clip
     if num_rows:
         count = min(num_rows, programs * processors(x.device))
+        stages = 1 if lines or count == num_rows else num_stages
+        result = "codes" if packed else "numbers" if grid else "map"
         _hadamard[(count, len(heights) if shared else 1)](
             x, y, codes, scale, second, x.new_empty(count * size, dtype=torch.float32) if lines else x,
             left, right, x if signs is None else signs, clip, num_rows, size**-0.5,
             height, columns, _depths(height), heights[:1] if shared else heights, right.shape[0], parts, shared,
             lines, grid, packed,
             "none" if signs is None else "after" if signs_after else "before",
-            x.dtype == torch.float32, 1 if lines or count == num_rows else num_stages, num_warps, num_warps=num_warps,
+            x.dtype == torch.float32, stages, num_warps, _ahead(size, result, stages) if count < num_rows else 0,
+            num_warps=num_warps,
             enable_fp_fusion=False, **({} if registers == 255 else {"maxnreg": registers}),
         )  # fmt: skip
     return Codes(codes, scale, None if second is x else second) if packed else y
+
+
+def _ahead(size: int, result: str, stages: int) -> int:
+    """How many turns ahead a program has a row brought to the L2 cache, if at all: where no row but its own is in
+    flight, and where it was measured to help.
+    """
+    return stages if stages == 1 or result in AHEAD.get(size, ()) else 0
 
 
 def _depths(height: int) -> tuple[int, ...]:
@@ -396,7 +410,7 @@ MEASURED: dict[int, Tiling] = {
     1536: Tiling(32, 1, 16, 1, 2, 24),
     3072: Tiling(64, 1, 16, 1, 2, 16),
     4096: Tiling(64, 1, 64, 4, 2, 16),
-    5120: Tiling(64, 1, 64, 4, 2, 8),
+    5120: Tiling(64, 1, 64, 4, 2, 5, 96),
     8192: Tiling(128, 2, 64, 4, 2, 16),
     9728: Tiling(128, 2, 64, 4, 2, 3, 168),
     11008: Tiling(64, 1, 64, 4, 1, 2),
@@ -429,4 +443,14 @@ MEASURED_FEW: dict[int, Tiling] = {
 }
 """The best of `tilings`, with fewer registers if that helps, on an H100, by size (`benchmarks/transforms.py`); WHOLE:
 for grids that need all of a row.
+"""
+
+AHEAD: dict[int, tuple[str, ...]] = {
+    576: ("map", "numbers", "codes"),
+    5120: ("numbers", "codes"),
+    9728: ("numbers", "codes"),
+    14336: ("codes",),
+}
+"""By size, for which results rows beyond those in flight are brought to the cache too. What moves as many bytes as a
+copy in little more time, such as the map alone, gets slower by it, and sizes with many programs on an SM gain nothing.
 """

@@ -107,7 +107,7 @@ def _rotate_heads(
         else:
             y = in_order(y, RUN, BY_TURNS)
             unscale_R = tl.reshape(swapped_rows(unscale_R[:, None], BY_TURNS, 2), (TILE_R,))
-            low, high = extremes(y, unscale_R, grid)
+            low, high = extremes(y, unscale_R, grid, N)
             put_on_grid(y, unscale_R, low, high, 1.0, clip, y_ptr, codes_ptr, scale_ptr, second_ptr,
                         start, num_rows - start, 0, False, 0, N, grid, PACKED, STORES)  # fmt: skip
 

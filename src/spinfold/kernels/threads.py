@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["in_order", "interleaved", "neighbours", "stores", "swapped", "swapped_rows"]
+__all__ = ["in_order", "interleaved", "neighbours", "of_a_thread", "stores", "swapped", "swapped_rows"]
 
 
 @triton.constexpr_function
@@ -26,6 +26,12 @@ def interleaved(rows, warps, run, bits):
     threads fill. Rows that fewer fill stay within a warp.
     """
     return warps if rows % (16 * warps) == 0 and run * bits == 128 else 1
+
+
+@triton.constexpr_function
+def of_a_thread(rows, columns, warps):
+    """Neighbours of a line that one thread has, eight if the tile fills all warps; else all columns."""
+    return 8 if rows % (16 * warps) == 0 and columns >= 32 else columns
 
 
 @triton.constexpr_function
