@@ -114,22 +114,28 @@ def _right_product(y_RC, right, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def _halves(x_RC):
+    """The first half of the columns and the second."""
+    x = tl.reshape(x_RC, (x_RC.shape[0], 2, x_RC.shape[1] // 2))
+    return tl.split(tl.permute(x, (0, 2, 1)))
+
+
+@triton.jit
 def _rows_of_result(lefts, xs, right, up, factor, COUNT: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr):
     """Some rows of H_aᵀ X H_b, in one part or in halves of the columns: then H_b is H_2 ⊗ `right`. And what each row is
     to be multiplied by.
     """
-    ys = ()
-    sums = ()
-    for j in tl.static_range(PARTS):
-        y_RC = _left_product(lefts, xs[j], up, COUNT, SPLIT)
-        ys = ys + (y_RC,)
-        sums = sums + (tl.sum(tl.abs(y_RC), axis=1),)
+    y_RC = _left_product(lefts, xs, up, COUNT, SPLIT)
     # A row's sum of absolute values is little more than its largest one for a floating-point number, and cheaper.
-    up_R, down_R = near_largest(sums[0] if PARTS == 1 else sums[0] + sums[1])
-    ws = (_right_product(ys[0] * up_R[:, None], right, SPLIT),)
-    if PARTS == 2:
-        other_RC = _right_product(ys[1] * up_R[:, None], right, SPLIT)
-        ws = (ws[0] + other_RC, ws[0] - other_RC)
+    up_R, down_R = near_largest(tl.sum(tl.abs(y_RC), axis=1))
+    y_RC = y_RC * up_R[:, None]
+    if PARTS == 1:
+        ws = (_right_product(y_RC, right, SPLIT),)
+    else:
+        first_RC, other_RC = _halves(y_RC)
+        first_RC = _right_product(first_RC, right, SPLIT)
+        other_RC = _right_product(other_RC, right, SPLIT)
+        ws = (first_RC + other_RC, first_RC - other_RC)
     return ws, down_R * factor
 
 
@@ -188,16 +194,13 @@ def _hadamard(
             to_cache(x_ptr, row + AHEAD * tl.num_programs(0), num_rows, N)
         xs = ()
         most = 0.0
-        for j in tl.static_range(PARTS):
-            part = ()
-            for d in tl.static_range(COUNT):
-                x_DC = _load(x_ptr + row * N, _before(DS, d), j * C, DS[d], C, A, B)
-                if SIGNS == "before":
-                    x_DC = x_DC * _load(signs_ptr, _before(DS, d), j * C, DS[d], C, A, B).to(x_DC.dtype)
-                if SPLIT:
-                    most = tl.maximum(most, _largest(x_DC))
-                part = part + (x_DC,)
-            xs = xs + (part,)
+        for d in tl.static_range(COUNT):
+            x_DC = _load(x_ptr + row * N, _before(DS, d), 0, DS[d], TILE_B, A, B)
+            if SIGNS == "before":
+                x_DC = x_DC * _load(signs_ptr, _before(DS, d), 0, DS[d], TILE_B, A, B).to(x_DC.dtype)
+            if SPLIT:
+                most = tl.maximum(most, _largest(x_DC))
+            xs = xs + (x_DC,)
         up = 1.0
         down = factor
         if SPLIT:
