@@ -51,9 +51,10 @@ _MEMORY = 227 * 1024
 
 
 class Tiling(NamedTuple):
-    """How the work is cut: b, parts in which the columns come (1, or 2 if b is a power of two), rows of a tile of the
-    result, warps of a program, rows in flight, programs per SM, registers of a thread at most: fewer let more programs
-    run on an SM at once.
+    """How the work is cut: b, parts of the columns in the right product (1, or 2 if b is a power of two), rows of a
+    tile of the result, warps of a program, rows in flight, programs per SM, registers of a thread at most: fewer let
+    more programs run on an SM at once; and whether the left product takes both parts at once, which saves instructions
+    and costs registers.
     """
 
     columns: int
@@ -63,6 +64,7 @@ class Tiling(NamedTuple):
     num_stages: int
     programs: int
     registers: int = 255
+    at_once: bool = False
 
 
 @triton.jit
@@ -125,17 +127,20 @@ def _rows_of_result(lefts, xs, right, up, factor, COUNT: tl.constexpr, PARTS: tl
     """Some rows of H_aᵀ X H_b, in one part or in halves of the columns: then H_b is H_2 ⊗ `right`. And what each row is
     to be multiplied by.
     """
-    y_RC = _left_product(lefts, xs, up, COUNT, SPLIT)
+    ys = ()
+    sums = ()
+    for j in tl.static_range(len(xs)):
+        y_RC = _left_product(lefts, xs[j], up, COUNT, SPLIT)
+        ys = ys + (y_RC,)
+        sums = sums + (tl.sum(tl.abs(y_RC), axis=1),)
     # A row's sum of absolute values is little more than its largest one for a floating-point number, and cheaper.
-    up_R, down_R = near_largest(tl.sum(tl.abs(y_RC), axis=1))
-    y_RC = y_RC * up_R[:, None]
-    if PARTS == 1:
-        ws = (_right_product(y_RC, right, SPLIT),)
-    else:
-        first_RC, other_RC = _halves(y_RC)
-        first_RC = _right_product(first_RC, right, SPLIT)
-        other_RC = _right_product(other_RC, right, SPLIT)
-        ws = (first_RC + other_RC, first_RC - other_RC)
+    up_R, down_R = near_largest(sums[0] if len(xs) == 1 else sums[0] + sums[1])
+    if len(xs) < PARTS:
+        ys = _halves(ys[0])
+    ws = (_right_product(ys[0] * up_R[:, None], right, SPLIT),)
+    if PARTS == 2:
+        other_RC = _right_product(ys[1] * up_R[:, None], right, SPLIT)
+        ws = (ws[0] + other_RC, ws[0] - other_RC)
     return ws, down_R * factor
 
 
@@ -168,8 +173,8 @@ def _hadamard(
     x_ptr, y_ptr, codes_ptr, scale_ptr, second_ptr, scratch_ptr, left_ptr, right_ptr, signs_ptr, clip_ptr,
     num_rows, factor,
     A: tl.constexpr, B: tl.constexpr, DS: tl.constexpr, RS: tl.constexpr, TILE_B: tl.constexpr, PARTS: tl.constexpr,
-    SHARED: tl.constexpr, TILE_G: tl.constexpr, grid: tl.constexpr, PACKED: tl.constexpr, SIGNS: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+    XS: tl.constexpr, SHARED: tl.constexpr, TILE_G: tl.constexpr, grid: tl.constexpr, PACKED: tl.constexpr,
+    SIGNS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     COUNT: tl.constexpr = len(DS)
     C: tl.constexpr = TILE_B // PARTS
@@ -194,13 +199,17 @@ def _hadamard(
             to_cache(x_ptr, row + AHEAD * tl.num_programs(0), num_rows, N)
         xs = ()
         most = 0.0
-        for d in tl.static_range(COUNT):
-            x_DC = _load(x_ptr + row * N, _before(DS, d), 0, DS[d], TILE_B, A, B)
-            if SIGNS == "before":
-                x_DC = x_DC * _load(signs_ptr, _before(DS, d), 0, DS[d], TILE_B, A, B).to(x_DC.dtype)
-            if SPLIT:
-                most = tl.maximum(most, _largest(x_DC))
-            xs = xs + (x_DC,)
+        for j in tl.static_range(XS):
+            part = ()
+            for d in tl.static_range(COUNT):
+                x_DC = _load(x_ptr + row * N, _before(DS, d), j * TILE_B // XS, DS[d], TILE_B // XS, A, B)
+                if SIGNS == "before":
+                    signs_DC = _load(signs_ptr, _before(DS, d), j * TILE_B // XS, DS[d], TILE_B // XS, A, B)
+                    x_DC = x_DC * signs_DC.to(x_DC.dtype)
+                if SPLIT:
+                    most = tl.maximum(most, _largest(x_DC))
+                part = part + (x_DC,)
+            xs = xs + (part,)
         up = 1.0
         down = factor
         if SPLIT:
@@ -281,7 +290,7 @@ def hadamard(
     shared = num_rows <= FEW and (grid is None or (grid.width > 0 and not grid.by_row and not lines))
     if shared:
         tiling = tiling._replace(parts=1, rows=16, num_warps=4)
-    columns, parts, rows, num_warps, num_stages, programs, registers = tiling
+    columns, parts, rows, num_warps, num_stages, programs, registers, at_once = tiling
     heights = _heights(height, rows)
     assert grid is None or x.shape[-1] == size
     y, codes, scale, second = room_for(x, grid, packed)
@@ -293,7 +302,8 @@ def hadamard(
         _hadamard[(count, len(heights) if shared else 1)](
             x, y, codes, scale, second, x.new_empty(count * size, dtype=torch.float32) if lines else x,
             left, right, x if signs is None else signs, clip, num_rows, size**-0.5,
-            height, columns, _depths(height), heights[:1] if shared else heights, right.shape[0], parts, shared,
+            height, columns, _depths(height), heights[:1] if shared else heights, right.shape[0], parts,
+            1 if at_once else parts, shared,
             lines, grid, packed,
             "none" if signs is None else "after" if signs_after else "before",
             x.dtype == torch.float32, stages, num_warps, _ahead(size, result, stages) if count < num_rows else 0,
@@ -370,9 +380,9 @@ def tilings(orders: tuple[int, ...]) -> list[Tiling]:
     size = math.prod(orders)
     cuts = sorted(_cuts(orders), key=lambda columns: _work(_usual(columns, size), size))[:2]
     found = [
-        _within(_MEMORY, Tiling(columns, parts, rows, num_warps, num_stages, programs), size, 2)
+        _within(_MEMORY, Tiling(columns, parts, rows, num_warps, num_stages, programs, 255, at_once), size, 2)
         for columns in cuts
-        for parts in ((1, 2) if columns == 128 else (1,))
+        for parts, at_once in (((1, False), (2, False), (2, True)) if columns == 128 else ((1, False),))
         for rows in (16, 32, 64, 128)
         for num_warps in {rows // 16, 4}
         for num_stages in (1, 2)
@@ -417,8 +427,8 @@ MEASURED: dict[int, Tiling] = {
     8192: Tiling(128, 2, 64, 4, 2, 16),
     9728: Tiling(128, 2, 64, 4, 2, 3, 168),
     11008: Tiling(64, 1, 64, 4, 1, 2),
-    14336: Tiling(128, 2, 128, 8, 2, 4, 128),
-    18944: Tiling(128, 2, 64, 4, 1, 2),
+    14336: Tiling(128, 2, 128, 8, 2, 4, 128, True),
+    18944: Tiling(128, 2, 64, 4, 1, 2, 255, True),
 }
 MEASURED_WHOLE: dict[int, Tiling] = {
     576: Tiling(48, 1, 16, 1, 2, 16),
@@ -427,10 +437,10 @@ MEASURED_WHOLE: dict[int, Tiling] = {
     4096: Tiling(64, 1, 64, 4, 2, 16),
     5120: Tiling(64, 1, 64, 4, 2, 5, 96),
     8192: Tiling(128, 2, 64, 4, 2, 16),
-    9728: Tiling(128, 2, 64, 4, 2, 3, 168),
+    9728: Tiling(128, 2, 64, 4, 2, 3, 168, True),
     11008: Tiling(64, 1, 64, 4, 1, 2),
-    14336: Tiling(128, 2, 128, 8, 2, 2, 128),
-    18944: Tiling(128, 2, 64, 4, 1, 4),
+    14336: Tiling(128, 2, 128, 8, 2, 2, 128, True),
+    18944: Tiling(128, 2, 64, 4, 1, 4, 255, True),
 }
 MEASURED_FEW: dict[int, Tiling] = {
     576: Tiling(48, 1, 16, 4, 1, 1),
@@ -439,10 +449,10 @@ MEASURED_FEW: dict[int, Tiling] = {
     4096: Tiling(64, 1, 64, 4, 1, 1),
     5120: Tiling(64, 1, 128, 8, 1, 1),
     8192: Tiling(64, 1, 128, 8, 1, 1),
-    9728: Tiling(128, 2, 128, 8, 1, 1),
+    9728: Tiling(128, 2, 128, 8, 1, 1, 255, True),
     11008: Tiling(64, 1, 64, 4, 1, 1),
-    14336: Tiling(128, 2, 128, 8, 1, 1),
-    18944: Tiling(128, 2, 256, 8, 1, 1),
+    14336: Tiling(128, 2, 128, 8, 1, 1, 255, True),
+    18944: Tiling(128, 2, 256, 8, 1, 1, 255, True),
 }
 """The best of `tilings`, with fewer registers if that helps, on an H100, by size (`benchmarks/transforms.py`); WHOLE:
 for grids that need all of a row.
