@@ -3,6 +3,8 @@
 fp32   IEEE products, TF32 off: proofs, and everything that is folded
 tf32   fp32 tensors, products in TF32 where the device has it (10 bits of mantissa)
 bf16   fp32 residual stream and norms, linear layers and attention in bf16 (torch.autocast)
+
+Shapes: T tokens, I in features.
 """
 
 from __future__ import annotations
@@ -12,17 +14,20 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from spinfold.distributed import local_rank, world
 from spinfold.errors import SpinfoldError
 
 __all__ = [
     "exact_products",
+    "leading_bits",
     "pick_device",
     "pick_precision",
     "precision",
     "products",
     "settle_vector_functions",
+    "square",
 ]
 
 _VECTOR_FUNCTIONS = (
@@ -116,3 +121,28 @@ def exact_products(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def square(x_TI: Tensor) -> Tensor:
+    """xᵀx in fp32: on a GPU from two TF32 products, which take a third of the time of one with IEEE arithmetic.
+
+    With x = h + l, h the leading 11 bits, it is hᵀh + s + sᵀ, s = hᵀl; what is left out, lᵀl, is 2^-22 of it.
+    Elsewhere five eighths of it are computed, and the rest is their mirror image.
+    """
+    if not x_TI.is_cuda:
+        size = x_TI.shape[1]
+        square_II = x_TI.new_empty(size, size)
+        for low in range(0, size, step := max(1, -(-size // 4))):
+            rows_PI = torch.mm(x_TI[:, low : low + step].T, x_TI[:, low:])
+            square_II[low : low + step, low:] = rows_PI
+            square_II[low:, low : low + step] = rows_PI.T
+        return square_II
+    h_TI = leading_bits(x_TI)
+    with products("tf32"):
+        square_II, s_II = h_TI.T @ h_TI, h_TI.T @ (x_TI - h_TI)
+    return square_II.add_(s_II).add_(s_II.T)
+
+
+def leading_bits(x: Tensor) -> Tensor:
+    """fp32 numbers cut to the 11 significant bits that TF32 has."""
+    return (x.contiguous().view(torch.int32) & -(1 << 13)).view(torch.float32)

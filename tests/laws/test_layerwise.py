@@ -14,9 +14,11 @@ from torch import Tensor
 
 from spinfold.errors import SpinfoldError
 from spinfold.fitting.capture import capture, channel_maxima, pooled, second_moments
+from spinfold.fitting.feedback import feedback, lower_one, pair, turned_feedback, upper_one
 from spinfold.fitting.layerwise import (
     LayerwiseSettings,
     alternate_procrustes,
+    at_once,
     choose,
     fit_layerwise,
     fit_to_activations,
@@ -25,7 +27,6 @@ from spinfold.fitting.layerwise import (
 )
 from spinfold.fitting.row_objectives import (
     RowObjective,
-    feedback,
     fourth_power,
     gap_to_uniform,
     in_blocks,
@@ -37,7 +38,7 @@ from spinfold.fitting.row_objectives import (
 )
 from spinfold.folding import fold_norms
 from spinfold.formats import FLOAT_FORMATS, FloatFormat, Format, IntFormat, fake_quantize
-from spinfold.maps import Orthogonal, SiteMaps, orthogonality_gap, procrustes, random_orthogonal
+from spinfold.maps import Orthogonal, SiteMaps, orthogonality_gap, procrustes, random_orthogonal, skew_gradient
 from spinfold.networks import Network
 
 OPTIMISERS = ("adam", "spectral", "capped", "qr")
@@ -198,6 +199,57 @@ def test_feedback_is_the_diagonal_of_the_ldl_factor() -> None:
     damped = H + 0.01 * (trace / 7)[:, None, None] * torch.eye(7, dtype=torch.float64)
     torch.testing.assert_close(feedback(H), feedback(damped, damp=0))
     assert torch.autograd.gradcheck(lambda h: feedback(h + h.mT), (H / 2).requires_grad_())
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("grid", [None, 4])
+def test_feedback_in_the_basis_of_a_rotation_and_its_gradient_along_the_group(heads: int, grid: int | None) -> None:
+    """As autograd finds them through products and factor; off the group there is no gradient."""
+    x = normal(2, 40, 12) * torch.linspace(0.1, 3, 12, dtype=torch.float64)
+    H, size = x.mT @ x / 40, 12 // heads
+    R = torch.stack([random_orthogonal(size, seed).R_NN for seed in (range(1) if heads == 1 else range(2))])
+    R, weights = (R[0] if heads == 1 else R), normal(2, 12, seed=1).square()
+    if grid:
+        weights = weights.unflatten(-1, (-1, grid)).mean(-1).repeat_interleave(grid, -1)
+
+    def whole(R: Tensor) -> Tensor:
+        M = R if heads == 1 else torch.stack([torch.block_diag(*[one] * heads) for one in R])
+        return feedback(M.mT @ H @ M)
+
+    found = []
+    for function in (whole, lambda R: turned_feedback(H, R)):
+        own = R.clone().requires_grad_()
+        value = function(own)
+        found.append((value.detach(), *torch.autograd.grad((value * weights).sum(), own)))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    along = [skew_gradient(R, G) for _, G in found]
+    torch.testing.assert_close(along[1], along[0])
+    torch.testing.assert_close(R.mT @ found[1][1], along[1])
+    assert along[0].abs().max() > 1e-2
+
+
+def test_two_symmetric_matrices_lie_in_the_memory_of_one() -> None:
+    x = normal(2, 5, 7, 7)
+    first, second = x + x.mT
+    both = torch.stack([pair(*of_layer) for of_layer in zip(first, second, strict=True)])
+    assert both.shape == (5, 7, 8)
+    assert torch.equal(lower_one(both), first)
+    assert torch.equal(upper_one(both), second)
+
+
+def test_gradients_found_at_once_are_those_of_the_way_back() -> None:
+    inputs = normal(3, 4).requires_grad_(), normal(4, seed=1).requires_grad_(), None, normal(4, seed=2)
+
+    def term(power: int, x: Tensor, y: Tensor, _: None, z: Tensor) -> Tensor:
+        return (x.pow(power) @ (y * z if power == 2 else z)).sum()  # y has no part in one of them
+
+    terms = [partial(term, power) for power in (2, 3)]
+    whole, found = torch.stack([one(*inputs) for one in terms]).sum(), at_once(terms, *inputs)
+    torch.testing.assert_close(found, whole)
+    grads = [torch.autograd.grad(3 * value, inputs[:2]) for value in (found, whole)]
+    torch.testing.assert_close(*grads)
+    with torch.no_grad():
+        torch.testing.assert_close(at_once(terms, *inputs), whole)
 
 
 # ── fits with a known optimum ────────────────────────────────────────────────────────────────────────────

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import cache, partial
 
 import pytest
@@ -24,7 +23,7 @@ from spinfold.fitting.row_objectives import (
 from spinfold.folding import fold, fold_norms
 from spinfold.formats import IntFormat
 from spinfold.maps import Diagonal, Hadamard, SiteMaps, random_orthogonal
-from spinfold.methods import METHODS, FitTask
+from spinfold.methods import METHODS, FitTask, optrot
 from spinfold.methods.dfrot import massive
 from spinfold.methods.optrot import residual_term, total_of, value_term
 from spinfold.methods.optrot_plus import error_bound
@@ -189,9 +188,10 @@ def test_optrot_plus_lowers_its_bound(objective: str) -> None:
     assert log.losses[-1] < log.losses[0]
 
 
-def test_large_layers_take_turns_at_their_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_layers_are_turned_in_parts_to_the_same_place(monkeypatch: pytest.MonkeyPatch) -> None:
     together, log = fit(tiny("llama"), recipe := recipe_of("optrot-plus"))
-    monkeypatch.setattr(sys.modules["spinfold.methods.optrot_plus"], "NUMBERS", 1)
+    monkeypatch.setattr(optrot, "LARGE", 0)
+    monkeypatch.setattr(optrot, "PART", 1)
     in_turns, same = fit(tiny("llama"), recipe)
     assert log.losses == pytest.approx(same.losses, rel=1e-4)
     for (_, one), (_, other) in zip(together.each(), in_turns.each(), strict=True):

@@ -14,6 +14,7 @@ import zoo
 from torch import Tensor
 from torch.nn import functional as F
 
+from spinfold.compute import leading_bits
 from spinfold.errors import SpinfoldError
 from spinfold.fitting import end_to_end, objectives
 from spinfold.fitting.capture import capture
@@ -24,7 +25,6 @@ from spinfold.networks import Network, hidden_in_batches
 from spinfold.networks.sources import resolve
 from spinfold.recipe import Recipe
 from spinfold.rounding import round_network
-from spinfold.rounding.hessian import leading_bits
 
 IN_FILES = ["llama", "llama_tied", "llama_biases", "qwen2", "qwen3", "phi3", "granite", "gemma2", "gemma3", "olmo2"]
 IDS = zoo.random_tokens(0, 5, 40)

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from spinfold.compute import precision
+from spinfold.compute import precision, square
 from spinfold.distributed import everyones, share, summed
 from spinfold.networks import Network, Stream, hidden_in_batches
 from spinfold.progress import Progress, Quiet
@@ -152,7 +152,7 @@ def second_moments(
     """H = E[xᵀ x] by wire, `(N, N)` in fp64, of each layer in its turn; heads and experts are pooled.
 
     All windows pass a layer before the next one, so that those of one layer can be made smaller, or used up, before
-    there are more: a wide MLP's are larger than its weights. Products with IEEE arithmetic.
+    there are more: a wide MLP's are larger than its weights. Products as good as with IEEE arithmetic.
     """
     stream = Stream(network, ids_WT, compute, _tokens_per_batch(network), share(len(ids_WT)))
     with (progress or Quiet()).stage("capture activations", total=len(network.layers)) as bar:
@@ -174,8 +174,8 @@ def _add_moment(
 ) -> None:
     x_TN = x.flatten(0, -2).float()
     with precision("fp32", x.device):
-        moment_NN = (x_TN.T @ x_TN).double()
-    sums[wire] = sums[wire].add_(moment_NN) if wire in sums else moment_NN
+        moment_NN = square(x_TN)
+    sums[wire] = sums[wire].add_(moment_NN) if wire in sums else moment_NN.double()
     rows[wire] = rows.get(wire, 0) + torch.tensor(len(x_TN))
 
 

@@ -17,10 +17,10 @@ Shapes: S rows, N size of a rotation, L layers, P rows of a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ __all__ = [
     "LayerwiseSettings",
     "Term",
     "alternate_procrustes",
+    "at_once",
     "choose",
     "dense",
     "fit_layerwise",
@@ -113,6 +114,37 @@ def weighted(*terms: tuple[float, Term]) -> Term:
         return torch.stack([weight * term(R_NN, draws) for weight, term in terms]).sum()
 
     return total
+
+
+def at_once(functions: Sequence[Callable[..., Tensor]], *inputs: Tensor | None) -> Tensor:
+    """The sum of scalars `function(*inputs)`, one after the other, the gradients by the inputs along with each.
+
+    Their sums are all that is kept for the way back: not what lies between, and nothing is made again.
+    """
+    value: Tensor = _AtOnce.apply(functions, *inputs)
+    return value
+
+
+class _AtOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, functions: Sequence[Callable[..., Tensor]], *inputs: Any) -> Tensor:
+        needed = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
+        values, sums = list[Tensor](), {i: torch.zeros_like(inputs[i]) for i in needed}
+        for function in functions:
+            own: list[Any] = [x if x is None else x.detach().requires_grad_(i in needed) for i, x in enumerate(inputs)]
+            with torch.set_grad_enabled(bool(needed)):
+                value = function(*own)
+            values.append(value.detach())
+            found = torch.autograd.grad(value, [own[i] for i in needed], allow_unused=True) if needed else ()
+            for i, grad in zip(needed, found, strict=True):
+                if grad is not None:
+                    sums[i].add_(grad)
+        ctx.save_for_backward(*(sums.get(i) for i in range(len(inputs))))
+        return torch.stack(values).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(x if x is None else x * grads[0] for x in ctx.saved_tensors)
 
 
 def fit_layerwise(

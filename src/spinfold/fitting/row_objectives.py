@@ -9,7 +9,7 @@
     rounding_error           mean (y - Q(y))²
 
 A rotation keeps Σ y², so on whole rows the first three have the same minimiser if all rows have one length. Moments
-are not centred: a rotation does not keep a mean. `feedback` is of a second moment, not of rows.
+are not centred: a rotation does not keep a mean.
 
 Shapes: ... leading axes, N the row, G groups of g neighbours.
 """
@@ -30,7 +30,6 @@ from spinfold.kernels import kernels_run_on
 __all__ = [
     "UNIFORM_KURTOSIS",
     "RowObjective",
-    "feedback",
     "fourth_power",
     "gap_to_uniform",
     "in_blocks",
@@ -240,22 +239,6 @@ def _over_itself(x: Tensor) -> Tensor:
     """x / x: 1, with the gradient of log x; where x is 0, 0."""
     held = x.detach()
     return x / held.masked_fill(held == 0, 1)
-
-
-def feedback(moment_NN: Tensor, damp: float = 0.01) -> Tensor:
-    """The diagonal of D in H = (I + U) D (I + U)ᵀ, U strictly upper triangular, `(..., N, N) -> (..., N)`.
-
-    D_i is the variance of x_i that the later channels don't explain: the weight that is left to GPTQ's error at channel
-    i when channels are rounded first to last. With J reversing the order, J H J = L Lᵀ gives D_i = L_jj² at the
-    mirrored j. det H = Π D_i does not change under a rotation, hence n det(H)^(1/n) ≤ tr(D) ≤ tr(H): least where all
-    D_i are equal, greatest in the eigenbasis. `damp` times the mean of H's diagonal is added to it, as in GPTQ.
-    Differentiable; computed in H's dtype with IEEE products.
-    """
-    size = moment_NN.shape[-1]
-    damping_11 = damp * moment_NN.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    damped_NN = moment_NN + damping_11 * torch.eye(size, dtype=moment_NN.dtype, device=moment_NN.device)
-    L_NN = torch.linalg.cholesky(damped_NN.flip(-2, -1))
-    return torch.flip(L_NN.diagonal(dim1=-2, dim2=-1).square(), (-1,))
 
 
 _NUMBERS_PER_BLOCK = 2**17

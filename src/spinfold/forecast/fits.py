@@ -137,17 +137,17 @@ def _to_weights(s: Seconds) -> float:
     """A few layers by the residual rotation at every step, then the values' linears of all layers by theirs."""
     n, (residual_steps, value_steps) = s.sizes, _weight_steps(s)
     numbers = _layers_of_step(s) * n.linears / n.layers
-    times = 8.0 if numbers > optrot.LARGE else 6.0  # large ones are turned again on the way back
-    residual = residual_steps * (times * numbers * n.width / s.machine.products + s.passes(36.0 * numbers) + _move(s))
+    residual = residual_steps * (6.0 * numbers * n.width / s.machine.products + s.passes(36.0 * numbers) + _move(s))
     value = value_steps * s.passes(36.0 * n.layers * n.width * (n.score_width + n.kv_heads * n.head_dim))
     return residual + value + s.launches(1.3 * residual_steps + value_steps)
 
 
 def _to_feedback(s: Seconds) -> float:
-    """To weights, and the second moments that weigh them: turned and factored at every step, forwards and back."""
+    """To weights, and the second moments that weigh them: turned and factored at every step, forwards and back; those
+    of heads hardly more than factored."""
     n, (residual_steps, value_steps) = s.sizes, _weight_steps(s)
-    residual = residual_steps * _layers_of_step(s) * 2 * 21.0 * n.width**3
-    value = value_steps * n.layers * 6.0 * n.score_width**3
+    residual = residual_steps * _layers_of_step(s) * 2 * 12.0 * n.width**3
+    value = value_steps * n.layers * 2.0 * n.score_width**3
     once = n.layers * n.mlp_width**3
     tokens = float(fit_tokens(s.recipe))
     moments = s.forward(tokens) + s.hessians(tokens) + s.one_by_one(1)

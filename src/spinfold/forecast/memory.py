@@ -22,8 +22,7 @@ from spinfold.forecast.seconds import (
 )
 from spinfold.forecast.sizes import Sizes
 from spinfold.methods.kurtail import TOKENS as CAPTURED
-from spinfold.methods.optrot import LARGE, LAYERS
-from spinfold.methods.optrot_plus import NUMBERS as FEEDBACK_NUMBERS
+from spinfold.methods.optrot import LARGE, LAYERS, PART
 from spinfold.methods.spinfold import TOKENS, WINDOWS, weights_are_coarsest
 from spinfold.methods.spinquant import shared_out
 from spinfold.recipe import Recipe
@@ -104,8 +103,8 @@ class Bytes:
         """What a fit without back-propagation through the network holds: a number for each that it keeps of the text,
         and in files the stream of the text; or what a fit to weights does."""
         n, fit, name = self.sizes, self.recipe.fit, self.recipe.method
-        if name in ("optrot", "optrot-plus") or (name == "spinfold" and weights_are_coarsest(self.recipe)):
-            return self._to_weights(weighed=name != "optrot")
+        if name == "optrot" or self._weighs():
+            return self._to_weights()
         if name == "dfrot":
             window = (fit.batch or 1) * fit_window(self.recipe)
             numbers = 2.0 * n.layers * min(fit.tokens or window, window) * n.width
@@ -117,30 +116,41 @@ class Bytes:
         kept = itemsize * (fit.tokens or rows) * n.layers * (2 * n.width + 2 * n.kv_heads * n.head_dim)
         return kept + 4.0 * tokens * n.width * self.in_files
 
-    def _to_weights(self, *, weighed: bool) -> float:
-        """The linears with all other maps folded in, in files in 16 bits, and unless a step's are large once more in
-        the precision that they are turned in.
+    def on_host(self) -> float:
+        """What a fit on a GPU leaves there: second moments of what heads give, until their rotations are fitted."""
+        n = self.sizes
+        return 4.0 * n.layers * n.score_width**2 * self._weighs()
 
-        If errors are weighed by activations, also the tokens at the input of a layer, the second moments that a
-        rotation turns, and the larger of two: one layer's sums and what is made of its widest, or the factors of the
-        moments that are turned together, with what the way back needs.
+    def _weighs(self) -> bool:
+        """Is the fit to weights, and are their errors weighed by second moments of activations?"""
+        name = self.recipe.method
+        return name == "optrot-plus" or (name == "spinfold" and weights_are_coarsest(self.recipe))
+
+    def _to_weights(self) -> float:
+        """The linears with all other maps folded in, in files in 16 bits, and unless a step's are large once more in
+        the precision that they are turned in; and what a step makes of those that it turns at once.
+
+        If errors are weighed by activations, also the second moments that the residual rotation turns, two in the
+        memory of one, those of heads on a CPU, and the factors of those that are turned at once. Or, if that is more,
+        what the capture pass has: the tokens at the input of a layer, its sums, and what is made of the widest.
         """
         n = self.sizes
+        large = LAYERS * n.linears / n.layers > LARGE
         if self.in_files:
             linears = 2.0
-        elif LAYERS * n.linears / n.layers > LARGE:
+        elif large:
             linears = 4.0
         else:
             turned_in_bf16 = pick_precision(self.recipe.compute, torch.device(self.machine.device)) == "bf16"
             linears = 4.0 + (2.0 if turned_in_bf16 else 4.0)
-        weights = linears * n.linears
-        if not weighed:
+        weights = linears * n.linears + 24.0 * PART * large + 40.0 * n.width**2
+        if not self._weighs():
             return weights
         stream = 4.0 * fit_tokens(self.recipe) * n.width
-        moments = 4.0 * n.layers * (2 * n.width**2 + n.score_width**2)
+        moments = 4.0 * n.layers * n.width**2 + self.on_host() * (self.machine.device == "cpu")
         sums = 8.0 * (2 * n.width**2 + n.score_width**2 + n.mlp_width**2) + 24.0 * n.widest**2
-        factors = 40.0 * min(n.layers * n.score_width**2, FEEDBACK_NUMBERS)
-        return weights + stream + moments + max(sums, factors)
+        factors = 20.0 * min(n.layers * n.score_width**2, PART)
+        return moments + max(stream + sums, weights + factors)
 
     def rounding(self) -> float:
         """The streams of all calibration windows, one or two, and the Hessian with its factors; less to nearest, which

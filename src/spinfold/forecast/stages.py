@@ -140,7 +140,7 @@ class _Run:
             self._stage("load model", self.reading.opening + read * self.reading.weight, network, 0.1e9),
             self._stage("read text", CHARACTERS * self.text_tokens * self.reading.character, network, 0),
             self._stage("evaluate original", seconds.forward(held) + seconds.head(held, 1), network, 2 * chunk),
-            self._stage("fit and fold", fit, rotated, max(48.0 * WORDS_AT_ONCE * n.width, more.fit())),
+            self._stage("fit and fold", fit, rotated, max(48.0 * WORDS_AT_ONCE * n.width, more.fit()), more.on_host()),
         ]
         rotated += (KEPT_GRAPH * more.graph() + KEPT_LOSS * more.loss()) * on_cpu
         if self.recipe.weight_format is not None:
@@ -156,9 +156,10 @@ class _Run:
             self._stage("write checkpoint", 4.0 * n.parameters / 1e9, rotated, 0),
         ]
 
-    def _stage(self, name: str, seconds: float, held: float, more: float) -> StageForecast:
-        """A stage that holds some bytes where the model is, and needs `more` there for a while."""
+    def _stage(self, name: str, seconds: float, held: float, more: float, on_host: float = 0.0) -> StageForecast:
+        """A stage that holds some bytes where the model is, and needs `more` there for a while, and beside a GPU some
+        on the host."""
         host = PROCESS_BYTES + (TOKENIZER_BYTES + BYTES_PER_TOKEN_READ * self.text_tokens) * (name != "load model")
         if self.machine.device == "cpu":
             return StageForecast(name, seconds, round(host + held + more))
-        return StageForecast(name, seconds, round(host + CUDA_BYTES), round(held + more))
+        return StageForecast(name, seconds, round(host + CUDA_BYTES + on_host), round(held + more))

@@ -20,17 +20,16 @@ Shapes: L layers, D residual width, O out features, I in features, K kv heads, N
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from spinfold.compute import pick_precision
 from spinfold.distributed import share, spread, total
 from spinfold.fitting.end_to_end import FitLog
-from spinfold.fitting.layerwise import LayerwiseSettings, Term, choose, dense, fit_layerwise
+from spinfold.fitting.layerwise import LayerwiseSettings, Term, at_once, choose, dense, fit_layerwise
 from spinfold.fitting.row_objectives import RowObjective, fourth_power, in_blocks, normalised_fourth_power
 from spinfold.folding import fold_layers
 from spinfold.maps import Map, Orthogonal, SiteMaps
@@ -43,6 +42,7 @@ __all__ = [
     "LARGE",
     "LAYERS",
     "OPTROT",
+    "PART",
     "RESIDUAL",
     "VALUE",
     "Cost",
@@ -52,13 +52,24 @@ __all__ = [
     "value_term",
 ]
 
-Cost = Callable[[str, Sequence[int], Tensor, Sequence[int], Tensor], Tensor]
-"""`cost(wire, layers, w, heights, R)`: the cost, a scalar, of the rotated weights w `(L, O, I)` that read `wire` in
-`layers`; these are matrices of `heights`, one below the other.
-"""
+
+def _unweighed(wire: str, layers: Sequence[int], R: Tensor) -> None:
+    """Errors in all channels count alike."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What rotated weights cost, a scalar."""
+
+    of: Callable[[Tensor, Sequence[int], Tensor | None], Tensor]
+    """`of(w, heights, weights)`: of w `(L, O, I)`, which are matrices of `heights`, one below the other."""
+    weigh: Callable[[str, Sequence[int], Tensor], Tensor | None] = _unweighed
+    """`weigh(wire, layers, R)`: the weights `(L, I)` of errors in the channels of `wire`, if they have any."""
+
 
 LAYERS = 3
-LARGE = 1 << 28  # weights
+LARGE, PART = 1 << 28, 1 << 26
+"""Weights of a step that are too many to be turned at once, and how many then are; a step holds six times as many."""
 RESIDUAL = LayerwiseSettings(steps=350, learning_rate=0.4, optimiser="spectral")
 VALUE = LayerwiseSettings(steps=60, learning_rate=0.3, optimiser="spectral")
 
@@ -67,10 +78,7 @@ def total_of(objective: RowObjective) -> Cost:
     """The cost that is a row objective's sum over all rows of all matrices."""
     objective = in_blocks(objective)
 
-    def cost(_: str, __: Sequence[int], w_LOI: Tensor, ___: Sequence[int], ____: Tensor) -> Tensor:
-        return objective(w_LOI).sum()
-
-    return cost
+    return Cost(lambda w_LOI, *_: objective(w_LOI).sum())
 
 
 def residual_term(
@@ -81,7 +89,8 @@ def residual_term(
     `waiting_L`, int64, are the layers that wait for their turn, from the last one on, and -1 for all others.
 
     Every other map is folded into `network`: what is left is W R for readers of the stream, Rᵀ W for its writers. The
-    products have their weights in `dtype`: held so, and the network let go, unless a step's are large.
+    products have their weights in `dtype`: held so, and the network let go, unless a step's are large; those of layers
+    that come and go are held in 16 bits, which is more than a fit needs.
     """
     num_layers = len(network.layers)
     drawn = min(layers_per_step, num_layers)
@@ -91,7 +100,6 @@ def residual_term(
         {wire: [len(x.weight_OI) for x in linears] for wire, linears in layer.groups.items()}
         for layer in network.layers
     ]
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     one_by_one = large or network.device.type == "cpu"  # a GPU likes few large products, a CPU what its cache holds
 
     def term(R_DD: Tensor, draws: torch.Generator) -> Tensor:
@@ -106,35 +114,58 @@ def residual_term(
         own: dict[str, list[int]] = {}
         for layer in picked[share(drawn)]:
             own.setdefault(str(layer if one_by_one else heights_of[layer]), []).append(layer)
+        parts = [partial(of_wire, alike, wire) for alike in own.values() for wire in heights_of[alike[0]]]
         found = 0 * R_DD.sum()  # a process without a layer has a gradient too
-        for alike in own.values():
-            for wire in heights_of[alike[0]]:
-                args = alike, wire, R_DD
-                # What is made of large layers is made again in the backward pass: to hold it takes gigabytes.
-                found = found + (again(of_wire, *args) if large else of_wire(*args))
+        if large and parts:  # what is made of large layers takes gigabytes
+            found = found + at_once(parts, R_DD)
+        elif parts:
+            found = torch.stack([part(R_DD) for part in parts]).sum()
         return total(found) * (num_layers / drawn)
 
     def of_wire(alike: list[int], wire: str, R_DD: Tensor) -> Tensor:
-        weights = [weights_of(layer, wire) for layer in alike]
+        weights, heights = [weights_of(layer, wire) for layer in alike], heights_of[alike[0]][wire]
         w_LOI = torch.stack(weights) if len(weights) > 1 else weights[0][None]
+        weigh_LI = cost.weigh(wire, alike, R_DD)
+        if not large:
+            return of_weights(w_LOI, heights, wire, R_DD, weigh_LI)
+        blocks = _blocks(heights, max(1, PART // w_LOI.shape[-1]))
+        parts = zip(w_LOI.split([sum(block) for block in blocks], 1), blocks, strict=True)
+        return at_once([partial(of_weights, *part, wire) for part in parts], R_DD, weigh_LI)
+
+    def of_weights(w_LOI: Tensor, heights: Sequence[int], wire: str, R_DD: Tensor, weigh_LI: Tensor | None) -> Tensor:
+        w_LOI = w_LOI.to(dtype)
         if wire in ("attention_out", "down"):
             w_LOI = (R_DD.mT.to(dtype) @ w_LOI.unflatten(1, (-1, len(R_DD)))).flatten(1, 2)
         else:
             w_LOI = w_LOI @ R_DD.to(dtype)
-        return cost(wire, alike, w_LOI, heights_of[alike[0]][wire], R_DD)
+        return cost.of(w_LOI, heights, weigh_LI)
 
     return term
+
+
+def _blocks(heights: Sequence[int], most: int) -> list[list[int]]:
+    """Neighbours together, as long as they are not higher than `most`."""
+    blocks: list[list[int]] = [[]]
+    for height in heights:
+        if blocks[-1] and sum(blocks[-1]) + height > most:
+            blocks.append([])
+        blocks[-1].append(height)
+    return blocks
 
 
 def _weights_of(network: Network, dtype: torch.dtype, hold: bool) -> Callable[[int, str], Tensor]:
     """The function of a layer and a wire that gives all weights that read it, `(O, I)`; with `hold` made once."""
 
-    def made(layer: int, wire: str) -> Tensor:
-        return torch.cat([x.weight_OI for x in network.layers[layer].groups[wire]]).to(dtype)
+    def made(layer: Layer, wire: str, dtype: torch.dtype) -> Tensor:
+        return torch.cat([x.weight_OI for x in layer.groups[wire]]).to(dtype)
 
-    if not hold:
-        return made
-    held = {(layer.index, wire): made(layer.index, wire) for layer in network.layers for wire in layer.groups}
+    if network.resident and not hold:
+        return lambda layer, wire: made(network.layers[layer], wire, dtype)
+    held = dict[tuple[int, str], Tensor]()
+    for layer in network.layers:
+        with layer.present():
+            for wire in layer.groups:
+                held[layer.index, wire] = made(layer, wire, dtype if network.resident else torch.bfloat16)
     return lambda layer, wire: held[layer, wire]
 
 
@@ -150,13 +181,25 @@ def value_term(network: Network, cost: Cost, dtype: torch.dtype = torch.float32)
             o.append(layer.linears["o"].weight_OI.to(dtype).unflatten(1, (-1, head_dim)))
     some = range(len(layers))[own]
     v_LKHD, o_LDNH = torch.stack(v)[: len(some)], torch.stack(o)[: len(some)]
+    most = max(1, PART // (v[0].numel() + o[0].numel()))
+    parts = [slice(low, low + most) for low in range(0, len(some), most)]
 
     def term(B_LHH: Tensor, _: torch.Generator) -> Tensor:
         B_LHH = spread(B_LHH)[own]
-        v_LOD = (B_LHH.mT[:, None].to(dtype) @ v_LKHD).flatten(1, 2)
-        o_LDI = (o_LDNH.flatten(1, 2) @ B_LHH.to(dtype)).reshape(*o_LDNH.shape[:2], -1)
-        of_v = cost("qkv_input", some, v_LOD, [v_LOD.shape[1]], B_LHH)
-        return total(of_v + cost("attention_out", some, o_LDI, [o_LDI.shape[1]], B_LHH))
+        if len(parts) == 1:
+            return total(of_layers(parts[0], B_LHH))
+        found = 0 * B_LHH.sum()  # a process without a layer has a gradient too
+        for part in parts:
+            found = found + at_once([partial(of_layers, part)], B_LHH[part])
+        return total(found)
+
+    def of_layers(part: slice, B_LHH: Tensor) -> Tensor:
+        v_LOD = (B_LHH.mT[:, None].to(dtype) @ v_LKHD[part]).flatten(1, 2)
+        o_LDI = (o_LDNH[part].flatten(1, 2) @ B_LHH.to(dtype)).reshape(*o_LDNH[part].shape[:2], -1)
+        by_wire = {"qkv_input": v_LOD, "attention_out": o_LDI}
+        return torch.stack(
+            [cost.of(w, [w.shape[1]], cost.weigh(wire, some[part], B_LHH)) for wire, w in by_wire.items()]
+        ).sum()
 
     return term
 
@@ -178,8 +221,6 @@ def fit_to_weights(
     dtype = torch.bfloat16 if pick_precision(recipe.compute, device) == "bf16" else torch.float32
     if isinstance(maps.residual, Map):
         others = _folded(task.network, replace(maps, residual=None, query_key=None))
-        if not others.resident:  # every step needs some of it: all stays, in 16 bits, which is more than a fit needs
-            others = others.held(torch.bfloat16)
         waiting_L = torch.full((len(others.layers),), -1)
         term = residual_term(others, residual_cost(maps), fit.batch or LAYERS, waiting_L, dtype)
         del others

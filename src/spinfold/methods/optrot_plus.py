@@ -15,32 +15,25 @@ Shapes: L layers, O out features, I in features, G groups of g neighbours, H hea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from functools import partial
-from itertools import repeat
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from spinfold.compute import precision
 from spinfold.fitting.capture import second_moments
 from spinfold.fitting.end_to_end import FitLog
+from spinfold.fitting.feedback import feedback, lower_one, pair, turned_feedback, upper_one
 from spinfold.fitting.layerwise import choose
-from spinfold.fitting.row_objectives import feedback
 from spinfold.maps import BlockDiagonal, Map, SiteMaps
 from spinfold.methods.base import FitTask, Method
 from spinfold.methods.optrot import Cost, fit_to_weights
 from spinfold.methods.quarot import hadamard_maps
 from spinfold.recipe import Fit
 
-__all__ = ["NUMBERS", "OPTROT_PLUS", "Bound", "error_bound", "fit_to_feedback"]
+__all__ = ["OPTROT_PLUS", "Bound", "error_bound", "fit_to_feedback"]
 
-_TURNED = ("qkv_input", "attention_out", "mlp_input")
-"""The wires that a fitted rotation turns."""
-NUMBERS = 1 << 26
-"""Of the moments that are turned and factored together; the way back needs them about ten times."""
 Bound = Callable[[Tensor, Tensor], Tensor]
 """`bound(weights, feedback)`: the error, a scalar, of rotated weights `(L, O, I)` with feedback `(L, I)`."""
 
@@ -57,39 +50,14 @@ def error_bound(w_LOI: Tensor, variance_LI: Tensor, group_size: int | None, *, p
     return (norm_LOG * variance_LG[:, None]).sum()
 
 
-def _cost(bound: Bound, moments: Mapping[str, Tensor], known: Mapping[str, Tensor], damp: float) -> Cost:
-    """Feedback from `known` `(L, I)` by wire, or else from the wire's second moment `(L, I, I)`, turned by R."""
+def _cost(bound: Bound, weigh: Callable[[str, Sequence[int], Tensor], Tensor]) -> Cost:
+    """The bound, summed over matrices, weighed by feedback."""
 
-    def cost(wire: str, layers: Sequence[int], w_LOI: Tensor, heights: Sequence[int], R: Tensor) -> Tensor:
-        index = torch.tensor(list(layers), dtype=torch.int64, device=R.device)
-        variance_LI = known[wire][index] if wire in known else _turned_feedback(moments[wire][index], R, damp)
-        return torch.stack([bound(one_LOI, variance_LI) for one_LOI in w_LOI.split(list(heights), 1)]).sum()
+    def of(w_LOI: Tensor, heights: Sequence[int], feedback_LI: Tensor | None) -> Tensor:
+        assert feedback_LI is not None
+        return torch.stack([bound(one_LOI, feedback_LI) for one_LOI in w_LOI.split(list(heights), 1)]).sum()
 
-    return cost
-
-
-def _turned_feedback(moment_LII: Tensor, R: Tensor, damp: float) -> Tensor:
-    """Feedback `(L, I)` in the basis of R; of many large layers in parts, each made again on the way back."""
-
-    def one(moment_LII: Tensor, R: Tensor) -> Tensor:
-        with precision("fp32", R.device):  # coarser products lose the small eigenvalues that the factor is about
-            return feedback(_turned(moment_LII, R), damp)
-
-    parts = moment_LII.split(max(1, NUMBERS // moment_LII.shape[-1] ** 2))
-    if len(parts) == 1:  # or none, of a process without a layer
-        return one(moment_LII, R)
-    turns = repeat(R) if R.ndim == 2 else R.split(len(parts[0]))
-    again = partial(checkpoint, one, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([again(part_LII, turn) for part_LII, turn in zip(parts, turns, strict=False)])
-
-
-def _turned(moment_LII: Tensor, R: Tensor) -> Tensor:
-    """Mᵀ H M, with M = R `(I, I)`, or I ⊗ R_l for a stack of head rotations `(L, H, H)`."""
-    if R.ndim == 2:
-        return R.mT @ moment_LII @ R
-    head_dim = R.shape[-1]
-    moment_LNHNH = moment_LII.unflatten(2, (-1, head_dim)).unflatten(1, (-1, head_dim))
-    return torch.einsum("lahbk,lhx,lky->laxby", moment_LNHNH, R, R).flatten(3, 4).flatten(1, 2)
+    return Cost(of, weigh)
 
 
 def _in_basis(moment_II: Tensor, map: Map | None) -> Tensor:
@@ -101,37 +69,53 @@ def _in_basis(moment_II: Tensor, map: Map | None) -> Tensor:
 def fit_to_feedback(task: FitTask, bound: Bound, fit: Fit | None = None) -> tuple[SiteMaps, FitLog]:
     """Residual, then value rotations that lower `bound`, summed over all weights; `fit` as in `fit_to_weights`.
 
-    The down wire's basis is fixed, so that of its moments, the largest, no more is kept than their feedback.
+    The down wire's basis is fixed, so that of its moments, the largest, no more is kept than their feedback. Those that
+    the residual rotation turns lie in pairs in the memory of one, and those of heads wait on the host for their turn.
     """
-    recipe, layers, damp = task.recipe, task.network.layers, task.recipe.rounding.damp
+    recipe, network, damp = task.recipe, task.network, task.recipe.rounding.damp
+    layers, device = network.layers, network.device
     ids_WT = task.windows(recipe.fit.seq_len or recipe.calibration.seq_len, recipe.calibration.samples)
-    fixed = hadamard_maps(task).to(task.network.device)  # at the down site what the fit to weights has, too
-    moments, down = dict[str, Tensor](), list[Tensor]()
-    wires = (*_TURNED, "down")
-    seen = second_moments(task.network, ids_WT, wires, compute=recipe.compute, progress=task.progress)
+    fixed = hadamard_maps(task).to(device)  # at the down site what the fit to weights has, too
+    width, of_heads = network.hidden_size, layers[0].num_heads * layers[0].head_dim
+    moments = {"pairs": torch.empty(len(layers), width, width + 1, device=device)}
+    heads_LII, down = torch.empty(len(layers), of_heads, of_heads, device="cpu"), list[Tensor]()
+    wires = ("qkv_input", "mlp_input", "attention_out", "down")
+    seen = second_moments(network, ids_WT, wires, compute=recipe.compute, progress=task.progress)
     with closing(seen):
         for layer, of_layer in seen:
-            for wire in _TURNED:
-                moment_II = of_layer.pop(wire)
-                if wire not in moments:
-                    moments[wire] = torch.empty(len(layers), *moment_II.shape, device=moment_II.device)
-                moments[wire][layer] = moment_II
+            moments["pairs"][layer] = pair(*(of_layer.pop(wire).float() for wire in wires[:2]))
+            heads_LII[layer] = of_layer.pop("attention_out").float()
             down.append(feedback(_in_basis(of_layer.pop("down"), fixed.at("down", layer)), damp))
-            del moment_II  # before the next layer has its own
     down_LF = torch.stack(down)
 
-    def known(wire: str, maps: Sequence[Map | None]) -> dict[str, Tensor]:
-        pairs = zip(moments[wire], maps, strict=True)
-        return {wire: torch.stack([feedback(_in_basis(moment_II, map), damp) for moment_II, map in pairs])}
+    def known(moments: Iterable[Tensor], maps: Sequence[Map | None]) -> Tensor:
+        both = zip(moments, maps, strict=True)
+        return torch.stack([feedback(_in_basis(moment_II.to(device), one), damp) for moment_II, one in both])
 
     def residual_cost(maps: SiteMaps) -> Cost:
         values = [(one := maps.at("value", x.index)) and BlockDiagonal(one, x.num_heads) for x in layers]
-        return _cost(bound, moments, {"down": down_LF, **known("attention_out", values)}, damp)
+        fixed_LI = {"down": down_LF, "attention_out": known(heads_LII, values)}
+
+        def weigh(wire: str, some: Sequence[int], R_DD: Tensor) -> Tensor:
+            if wire in fixed_LI:
+                return fixed_LI[wire][list(some)]
+            one_of = lower_one if wire == "qkv_input" else upper_one
+            return turned_feedback(one_of(moments["pairs"][list(some)]), R_DD, damp)
+
+        return _cost(bound, weigh)
 
     def value_cost(maps: SiteMaps) -> Cost:
-        return _cost(bound, moments, known("qkv_input", [maps.residual_at(2 * x.index) for x in layers]), damp)
+        pairs_LDM = moments.pop("pairs")
+        qkv_LD = known(map(lower_one, pairs_LDM), [maps.residual_at(2 * x.index) for x in layers])
+        turned_LII = heads_LII.to(device)
 
-    device = task.network.device
+        def weigh(wire: str, some: Sequence[int], B_LHH: Tensor) -> Tensor:
+            if wire == "qkv_input":
+                return qkv_LD[list(some)]
+            return turned_feedback(turned_LII[list(some)], B_LHH, damp)
+
+        return _cost(bound, weigh)
+
     return fit_to_weights(task, lambda m: residual_cost(m.to(device)), lambda m: value_cost(m.to(device)), fit)
 
 

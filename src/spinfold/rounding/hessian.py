@@ -14,7 +14,7 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
-from spinfold.compute import exact_products, precision, products
+from spinfold.compute import exact_products, precision, square
 from spinfold.distributed import summed
 from spinfold.errors import SpinfoldError
 
@@ -43,7 +43,7 @@ class HessianAccumulator:
         with precision("fp32", device), exact_products(dtype, device):  # TF32 loses more than the 1 % damping hides
             for x_PI, y_PI in zip(x_TI.split(8192), y_TI.split(8192), strict=True):
                 x_PI = x_PI.to(device, torch.float32)
-                self._sum_II += _square(x_PI) if y_TI is x_TI else y_PI.to(device, torch.float32).T @ x_PI
+                self._sum_II += square(x_PI) if y_TI is x_TI else y_PI.to(device, torch.float32).T @ x_PI
         self.count += x_TI.shape[0]
 
     @classmethod
@@ -66,31 +66,6 @@ class HessianAccumulator:
                 "Use more calibration text, or rounding `rtn`, which needs none.",
             )
         return self._sum_II / self.count
-
-
-def _square(x_TI: Tensor) -> Tensor:
-    """xᵀx in fp32: on a GPU from two TF32 products, which take a third of the time of one with IEEE arithmetic.
-
-    With x = h + l, h the leading 11 bits, it is hᵀh + s + sᵀ, s = hᵀl; what is left out, lᵀl, is 2^-22 of it.
-    Elsewhere five eighths of it are computed, and the rest is their mirror image.
-    """
-    if not x_TI.is_cuda:
-        size = x_TI.shape[1]
-        square_II = x_TI.new_empty(size, size)
-        for low in range(0, size, step := max(1, -(-size // 4))):
-            rows_PI = torch.mm(x_TI[:, low : low + step].T, x_TI[:, low:])
-            square_II[low : low + step, low:] = rows_PI
-            square_II[low:, low : low + step] = rows_PI.T
-        return square_II
-    h_TI = leading_bits(x_TI)
-    with products("tf32"):
-        square_II, s_II = h_TI.T @ h_TI, h_TI.T @ (x_TI - h_TI)
-    return square_II.add_(s_II).add_(s_II.T)
-
-
-def leading_bits(x: Tensor) -> Tensor:
-    """fp32 numbers cut to the 11 significant bits that TF32 has."""
-    return (x.contiguous().view(torch.int32) & -(1 << 13)).view(torch.float32)
 
 
 def energy_O(x_OI: Tensor, hessian_II: Tensor) -> Tensor:
