@@ -81,10 +81,11 @@ def _conjugated(L_NN: Tensor, S_N: Tensor) -> Tensor:
 
 
 def _reversed(moment_NN: Tensor, damp: float) -> Tensor:
-    """The damped moment, last channel first."""
-    damping_11 = damp * moment_NN.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    eye_NN = torch.eye(moment_NN.shape[-1], dtype=moment_NN.dtype, device=moment_NN.device)
-    return (moment_NN + damping_11 * eye_NN).flip(-2, -1)
+    """The damped moment, last channel first: a copy, and no other array of its size."""
+    reversed_NN = moment_NN.flip(-2, -1)
+    diagonal_N = reversed_NN.diagonal(dim1=-2, dim2=-1)
+    diagonal_N.add_(damp * diagonal_N.mean(-1, keepdim=True))
+    return reversed_NN
 
 
 def _diagonal(L_NN: Tensor) -> Tensor:

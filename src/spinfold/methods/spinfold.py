@@ -92,7 +92,7 @@ def _fit_to_weights(task: FitTask) -> tuple[SiteMaps, FitLog]:
 
     def left_by_gptq(w_LOI: torch.Tensor, variance_LI: torch.Tensor) -> torch.Tensor:
         clip = _usual_clip(format, format.group_of(w_LOI.shape[-1]), task.recipe.clip_search)
-        error = in_blocks(partial(rounding_error, format=replace(format, group_size=None, clip=clip)))
+        error = in_blocks(partial(rounding_error, format=replace(format, group_size=None, clip=clip)), on_gpu=1 << 24)
         error_LOG = error(format.split(w_LOI))
         return (error_LOG * format.split(variance_LI).sum(-1)[:, None]).sum()
 
