@@ -215,7 +215,13 @@ class Run:
             reserve=70,
         )
         self.compile((in_fp32, (33, size)) for size in (64, *self.args.sizes))
-        self.compile((low_rank_work, (4, *kind, *cut)) for kind in RESIDUALS for cut in FEW_SUMS + MANY_SUMS)
+        self.compile(
+            (low_rank_work, (n, *shape, kind, *cut))
+            for n in (4, 4096)
+            for shape in RESIDUALS
+            for kind in SUMS
+            for cut in cuts_of_sum(n, kind)
+        )
         self.compile(
             (heads_work, (4, head, *kind, *cut)) for head in HEADS for kind in KINDS for cut in FEW_HEADS + MANY_HEADS
         )
@@ -280,11 +286,11 @@ class Run:
                 if self.late(3):
                     return
                 inputs = inputs_of(num_tokens, size)
-                row = {"size": size, "rank": rank, "tokens": num_tokens}
-                cuts = MANY_SUMS if num_tokens > 64 else FEW_SUMS
-                row |= self.fastest(low_rank_work, (num_tokens, size, rank), cuts, inputs)
-                row["copy_us"] = clock_copy(num_tokens * size * 6)
-                row["torch_us"] = clock(low_rank_work(num_tokens, size, rank), inputs)
+                row = {"size": size, "rank": rank, "tokens": num_tokens, "copy_us": clock_copy(num_tokens * size * 6)}
+                for kind in SUMS:
+                    cuts = cuts_of_sum(num_tokens, kind)
+                    row[kind] = self.fastest(low_rank_work, (num_tokens, size, rank, kind), cuts, inputs)
+                row["torch_us"] = clock(low_rank_work(num_tokens, size, rank, "torch"), inputs)
                 row["elementwise_us"] = clock(lambda x: x + x, inputs)
                 self.results["low_rank"].append(row)
 
@@ -306,17 +312,19 @@ def in_fp32(num_tokens: int, size: int) -> Work:
 
 HEADS = (64, 128)
 KINDS = ((32, "RoPE and map"), (8, "RoPE, map and INT4 in bf16"), (8, "RoPE, map and INT4"))
-FEW_HEADS = [(16, 4, 1, 8)]
+FEW_HEADS = [(16, 8, 1, 8)]
 MANY_HEADS = [(64, 4, 1, 8)]
 RESIDUALS = [(4096, 32), (4096, 64), (8192, 64)]
-FEW_SUMS = [(16, 128, 128, 16, 4, 3)]
-MANY_SUMS = [(64, 128, 128, 1, 4, 3)]
+SUMS = ("after another", "by itself", "without x")
+"""x U known from the sum before, and the next one made; x U made first; the same, where the model adds up x itself."""
+FEW_SUMS: list[tuple[int, ...]] = [()]
+MANY_SUMS: list[tuple[int, ...]] = [()]
 if ON_GPU:
-    FEW_HEADS += [(16, 2, 1, 8), (16, 8, 1, 8)]
-    MANY_HEADS += [(tile, 4, stages, n) for tile in (32, 64) for stages in (1, 2) for n in (2, 3, 4, 64)]
-    MANY_HEADS += [(128, 8, 2, n) for n in (1, 2)]
-    FEW_SUMS += [(16, 128, 64, parts, 4, 3) for parts in (8, 16, 32)]
-    MANY_SUMS += [(64, 128, 256, 1, 8, 3), (64, 64, 128, 1, 4, 4), (128, 64, 128, 1, 8, 3), (64, 128, 128, 2, 4, 3)]
+    FEW_HEADS += [(16, 2, 1, 8), (16, 4, 1, 8)]
+    MANY_HEADS += [(64, 4, 1, n, 1) for n in (2, 3, 4, 6, 8, 64)] + [(64, 4, 1, 3), (64, 4, 2, 3, 1), (128, 8, 1, 2, 1)]
+    FEW_SUMS += [(16, 256, 16, 8, 1), (16, 256, 32, 8, 1), (16, 128, 32, 8, 1), (16, 128, 64, 8, 1)]
+    FEW_SUMS += [(16, 128, 32, 4, 2), (16, 128, 32, 8, 2)]
+    MANY_SUMS += [(64, 128, 2, 4, 2), (64, 128, 2, 4, 3), (64, 128, 4, 4, 2), (64, 64, 2, 4, 4)]
 else:
     RESIDUALS = [(576, 16)]
 PACKED = ("RoPE, map and INT4",)
@@ -324,25 +332,36 @@ PACKED = ("RoPE, map and INT4",)
 
 def heads_work(num_tokens: int, head: int, heads: int, name: str, *cut: int) -> Work:
     """Heads through RoPE, a rotation and perhaps a quantizer."""
-    from spinfold.kernels.heads import rotate_heads, split_matrix
+    from spinfold.kernels.heads import Cut, rotate_heads, split_matrix
 
     angle = torch.rand(1, num_tokens, head // 2, device=DEVICE)
     cos, sin = angle.cos().to(DTYPE), angle.sin().to(DTYPE)
     R_NN = torch.linalg.qr(torch.randn(head, head, generator=torch.Generator().manual_seed(0)))[0]
     matrix = split_matrix(R_NN).to(DEVICE)
     grid: Any = None if name == "RoPE and map" else transforms.numbers(IntFormat(4, False, head))
-    options = {"cos": cos, "sin": sin, "grid": grid, "packed": name in PACKED, "cut": cut}
+    options = {"cos": cos, "sin": sin, "grid": grid, "packed": name in PACKED, "cut": Cut(*cut)}
     return lambda x: rotate_heads(x.view(1, num_tokens, heads, head), matrix, **options)
 
 
-def low_rank_work(num_tokens: int, size: int, rank: int, *cut: int) -> Work:
+def cuts_of_sum(num_tokens: int, kind: str) -> list[tuple[int, ...]]:
+    """Ways to cut the sum, the one in use first; one that is not after another is x U's as well."""
+    cuts = MANY_SUMS if num_tokens > 64 else FEW_SUMS
+    return cuts if kind == SUMS[0] else cuts[:1]
+
+
+def low_rank_work(num_tokens: int, size: int, rank: int, kind: str, *cut: int) -> Work:
     """The residual sum, by the kernel cut in some way, or by torch."""
-    from spinfold.kernels.low_rank import Cut, low_rank_sum
+    from spinfold.kernels.low_rank import Cut, inner_product, low_rank_sum
 
     branch, U_NR, V_RN = random(num_tokens, size), random(size, rank), random(rank, size)
-    if not cut:
+    if kind == "torch":
         return lambda x: branch + (x + (x @ U_NR) @ V_RN)
-    return lambda x: low_rank_sum(x, branch, U_NR, V_RN, cut=Cut(*cut))
+    if kind == SUMS[0]:
+        way = Cut(*cut) if cut else None
+        _, inner = low_rank_sum(branch, branch, inner_product(branch, U_NR), V_RN, next_U_NR=U_NR, cut=way)
+        return lambda x: low_rank_sum(x, branch, inner, V_RN, next_U_NR=U_NR, cut=way)
+    with_x = kind == SUMS[1]
+    return lambda x: low_rank_sum(x, branch, inner_product(x, U_NR), V_RN, with_x=with_x)
 
 
 def inputs_of(num_tokens: int, size: int) -> list[Tensor]:
@@ -549,15 +568,15 @@ def tables(results: dict[str, Any]) -> str:
                     f"| {what} | {row['tokens']} | {row['us']:.1f} | {share:.0%} | {row['elementwise_us']:.1f} |"
                 )
     if results["low_rank"]:
-        parts += ["", "| residual sum, size | rank | tokens | µs | share of a copy | torch, µs | sum alone, µs |"]
-        parts += ["|---|---|---|---|---|---|---|"]
+        kinds = " | ".join(f"{kind}, µs" for kind in SUMS)
+        parts += ["", f"| residual sum, size | rank | tokens | {kinds} | torch, µs | sum alone, µs |"]
+        parts += ["|" + "---|" * (len(SUMS) + 5)]
         for row in results["low_rank"]:
-            if "us" in row:
-                share = row["copy_us"] / row["us"]
-                parts.append(
-                    f"| {row['size']} | {row['rank']} | {row['tokens']} | {row['us']:.1f} | {share:.0%} "
-                    f"| {row['torch_us']:.1f} | {row['elementwise_us']:.1f} |"
-                )
+            shown = [f"{row[k]['us']:.1f} ({row['copy_us'] / row[k]['us']:.0%})" if row[k] else "–" for k in SUMS]
+            parts.append(
+                f"| {row['size']} | {row['rank']} | {row['tokens']} | {' | '.join(shown)} "
+                f"| {row['torch_us']:.1f} | {row['elementwise_us']:.1f} |"
+            )
     return "\n".join(parts)
 
 

@@ -17,7 +17,16 @@ from spinfold.formats import FLOAT_FORMATS, IntFormat, fake_quantize
 from spinfold.maps import Hadamard, LowRankCorrection
 from spinfold.networks import Wire
 from spinfold.runtime import OnlineMap, Quantize
-from spinfold.runtime.transforms import Encoded, add_change, as_stored, encode, fake_quantize_through, numbers, rope
+from spinfold.runtime.transforms import (
+    Encoded,
+    add_change,
+    as_stored,
+    encode,
+    fake_quantize_through,
+    numbers,
+    residual_sum,
+    rope,
+)
 
 SIZES = (576, 1536, 3072, 4096, 5120, 8192, 9728, 11008, 14336, 18944)
 FORMATS = {
@@ -248,14 +257,34 @@ def test_two_numbers_of_16_bits_hold_22_bits_of_an_orthogonal_matrix(size):
 @pytest.mark.parametrize(("num_tokens", "size", "rank"), [(1, 64, 3), (37, 576, 20), (0, 64, 3), (131, 576, 64)])
 @pytest.mark.parametrize("with_x", [True, False])
 def test_the_low_rank_sum(dtype, branch_dtype, num_tokens, size, rank, with_x):
-    from spinfold.kernels.low_rank import low_rank_sum
+    from spinfold.kernels.low_rank import inner_product, low_rank_sum
 
     x, branch = random(num_tokens, size).to(dtype), random(num_tokens, size, seed=1).to(branch_dtype)
     U_NR, V_RN = (random(size, rank, seed=2) * size**-0.5).to(dtype), random(rank, size, seed=3).to(dtype)
-    y = low_rank_sum(x, branch, U_NR, V_RN, with_x=with_x)
+    next_U_NR = (random(size, 40, seed=4) * size**-0.5).to(torch.promote_types(dtype, branch_dtype))
     expected = branch.double() + with_x * x.double() + x.double() @ U_NR.double() @ V_RN.double()
+    near = 2e-6 if dtype == torch.float32 else 4e-3
+    y, nothing = low_rank_sum(x, branch, inner_product(x, U_NR), V_RN, with_x=with_x)
+    assert nothing is None
     assert y.dtype == torch.promote_types(dtype, branch_dtype)
-    assert (y - expected).norm() <= (2e-6 if dtype == torch.float32 else 4e-3) * expected.norm()
+    assert (y - expected).norm() <= near * expected.norm()
+    y, next_inner = low_rank_sum(x, branch, inner_product(x, U_NR), V_RN, with_x=with_x, next_U_NR=next_U_NR)
+    assert (y - expected).norm() <= near * expected.norm()
+    inner = y.double() @ next_U_NR.double()
+    assert (next_inner.sum(0)[:, :40] - inner).norm() <= 2e-6 * inner.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, NARROW])
+def test_one_residual_sum_after_the_other(dtype):
+    maps = [LowRankCorrection(random(96, r, seed=r) * 96**-0.5, random(r, r, seed=1)) for r in (6, 20, 3)]
+    branches = [random(2, 5, 96, seed=7 + i).to(dtype) for i in range(3)]
+    x = exact = random(2, 5, 96).to(dtype)
+    inner = None
+    for branch, map, next_map in zip(branches, maps, [*maps[1:], None], strict=True):
+        x, inner = residual_sum(branch, x, map, inner=inner, next_map=next_map)
+        exact = branch.double() + LowRankCorrection(map.U_NR.double(), map.K_RR.double()).apply(exact.double())
+        assert (inner is None) == (next_map is None or DEVICE == "cpu")
+    assert (x - exact).norm() <= (2e-6 if dtype == torch.float32 else 8e-3) * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -194,9 +194,6 @@ def _hadamard(
         lefts = lefts + (blocks,)
     clip = tl.load(clip_ptr)
     for row in tl.range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0), num_stages=STAGES):
-        if AHEAD:
-            # One instruction for the whole row, so that no thread waits for memory when its turn comes.
-            to_cache(x_ptr, row + AHEAD * tl.num_programs(0), num_rows, N)
         xs = ()
         most = 0.0
         for j in tl.static_range(XS):
@@ -210,6 +207,9 @@ def _hadamard(
                     most = tl.maximum(most, _largest(x_DC))
                 part = part + (x_DC,)
             xs = xs + (part,)
+        if AHEAD:
+            # One instruction for the whole row, so that no thread waits for memory when its turn comes.
+            to_cache(x_ptr, row + AHEAD * tl.num_programs(0), num_rows, N)
         up = 1.0
         down = factor
         if SPLIT:

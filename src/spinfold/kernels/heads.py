@@ -6,21 +6,39 @@ M is any matrix of a head's size. The product runs on the tensor cores: r is bro
 row, by a power of two, and rounded to fp16, as M is; an fp32 x and its M are cut in two fp16 numbers, 22 bits
 together. Nothing else is rounded in between, but tensor cores don't round sums: they cut them off.
 
+A thread loads 16 bytes of a row. With columns in another order, and the rows of M in the same, these are what the
+tensor cores want of that thread as a left factor; and what they leave with it, it stores (`kernels.threads`). So no
+number goes through shared memory, where only M is, and no warp waits for another one.
+
 Shapes: R rows, one for each head of each token, the heads of a token together; N head size.
 """
 
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
+# ruff: noqa: RUF005 (Triton's tuples grow by addition only)
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from spinfold.kernels.grids import Codes, Grid, extremes, near_largest, one, processors, put_on_grid, room_for, store
+from spinfold.kernels.grids import (
+    Codes,
+    Grid,
+    extremes,
+    near_largest,
+    one,
+    processors,
+    put_on_grid,
+    room_for,
+    store,
+    to_cache,
+)
 from spinfold.kernels.threads import in_order, interleaved, neighbours, stores, swapped, swapped_rows
 
-__all__ = ["LARGEST_HEAD", "rotate_heads"]
+__all__ = ["LARGEST_HEAD", "Cut", "rotate_heads", "split_matrix"]
 
 LARGEST_HEAD = {2: 256, 4: 128}
 """By the bytes of a number: shared memory holds M, for fp32 both its pieces."""
@@ -28,85 +46,141 @@ _LIFT = 2.0**12
 """Without it, second halves of the entries of an orthogonal matrix were subnormal in fp16, with fewer than 11 bits."""
 
 
-@triton.jit
-def _half(ptr, line_R1, FIRST: tl.constexpr, HALF: tl.constexpr, stride, mask_R1):
-    return tl.load(ptr + line_R1 * stride + FIRST + tl.arange(0, HALF)[None, :], mask=mask_R1, other=0.0)
+class Cut(NamedTuple):
+    """Rows of a tile, warps, tiles in flight, programs per SM; how many turns ahead a tile is brought to the cache."""
+
+    rows: int
+    num_warps: int
+    num_stages: int
+    programs: int
+    ahead: int = 0
 
 
 @triton.jit
-def _rows(m_ptr, FIRST: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr, RUN: tl.constexpr):
-    """Rows of a matrix with N columns, which are in the order of `in_order`."""
-    m = tl.load(m_ptr + (FIRST + tl.arange(0, HALF)[:, None]) * N + tl.arange(0, N)[None, :])
-    return swapped(m, 4, RUN // 2, 2)
+def _piece(ptr, line_R1, FIRST: tl.constexpr, C: tl.constexpr, stride, mask_R1):
+    column_1C = (FIRST + tl.arange(0, C))[None, :]
+    return tl.load(ptr + (line_R1 * stride + column_1C), mask=mask_R1, other=0.0)
 
 
 @triton.jit
-def _swapped_number(row, WARPS: tl.constexpr):
-    """The row of a tile that stands at place `row` in the order of `swapped_rows(…, 2, WARPS)`."""
-    return row // (16 * WARPS) * (16 * WARPS) + row // 8 % 2 * (8 * WARPS) + row // 16 % WARPS * 8 + row % 8
+def _rows(m_ptr, FIRST: tl.constexpr, C: tl.constexpr, N: tl.constexpr, RUN: tl.constexpr):
+    """Rows of a matrix with N columns, those in the order of `_as_factor`, these in that of `in_order`."""
+    place_C1 = tl.arange(0, C)[:, None]
+    row_C1 = FIRST + place_C1 // 2 % 4 * (C // 4) + place_C1 // 8 * 2 + place_C1 % 2
+    return swapped(tl.load(m_ptr + row_C1 * N + tl.arange(0, N)[None, :]), 4, RUN // 2, 2)
 
 
 @triton.jit
-def _add_rest(y, r, high_m, low_m):
+def _as_factor(r_RC, TURNS: tl.constexpr):
+    """What threads have loaded, neighbours each, as the left factor that the tensor cores want of them: the inverse of
+    `in_order`, for which no number moves either.
+    """
+    r_RC = swapped(r_RC, 4, r_RC.shape[1] // 8, 2)
+    return swapped_rows(r_RC, 2, TURNS) if TURNS else r_RC
+
+
+@triton.jit
+def _dealt(place_R, TURNS: tl.constexpr):
+    """The rows to load for `swapped_rows(…, 2, TURNS)` to leave them in order."""
+    first_R = place_R // (16 * TURNS) * (16 * TURNS) + place_R // (8 * TURNS) % 2 * 8
+    return first_R + place_R // 8 % TURNS * 16 + place_R % 8
+
+
+@triton.jit
+def _add_rest(y, r, high_m, low_m, TURNS: tl.constexpr):
     """y + what the first halves of r and of some rows of M leave out of r M, but for the product of second halves."""
     high = r.to(tl.float16)
-    y = tl.dot((r - high.to(tl.float32)).to(tl.float16), high_m, y)
-    return tl.dot(high, low_m, y)
+    y = tl.dot(_as_factor((r - high.to(tl.float32)).to(tl.float16), TURNS), high_m, y)
+    return tl.dot(_as_factor(high, TURNS), low_m, y)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_angles"])
 def _rotate_heads(
     x_ptr, cos_ptr, sin_ptr, m_ptr, clip_ptr, y_ptr, codes_ptr, scale_ptr, second_ptr,
-    num_rows, num_heads, num_angles, cos_stride, factor,
-    N: tl.constexpr, ROPE: tl.constexpr, SPLIT: tl.constexpr, grid: tl.constexpr, PACKED: tl.constexpr,
-    TILE_R: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
+    num_rows, num_angles, factor,
+    N: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr, ROPE: tl.constexpr, WRAPS: tl.constexpr,
+    SPLIT: tl.constexpr, grid: tl.constexpr, PACKED: tl.constexpr,
+    TILE_R: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = N // 2
+    C: tl.constexpr = min(HALF, 32)
+    COUNT: tl.constexpr = N // C
     BITS: tl.constexpr = grid.bits if PACKED else y_ptr.dtype.element_ty.primitive_bitwidth
     # A tile of fewer rows has its columns in several warps, and a thread no more than pairs of neighbours.
-    FULL: tl.constexpr = TILE_R % (16 * WARPS) == 0
-    RUN: tl.constexpr = neighbours(N, BITS) if FULL else 2
+    WHOLE: tl.constexpr = ROPE and not WRAPS and TILE_R % HEADS == 0
+    TURNS: tl.constexpr = WARPS if TILE_R % (16 * WARPS) == 0 else 0
+    RUN: tl.constexpr = neighbours(N, BITS) if TURNS else 2
     BY_TURNS: tl.constexpr = interleaved(TILE_R, WARPS, RUN, BITS)
     STORES: tl.constexpr = stores(N, RUN, BITS)
-    top = _rows(m_ptr, 0, HALF, N, RUN)
-    bottom = _rows(m_ptr, HALF, HALF, N, RUN)
-    low_top = top
-    low_bottom = bottom
-    if SPLIT:
-        low_top = _rows(m_ptr + N * N, 0, HALF, N, RUN)
-        low_bottom = _rows(m_ptr + N * N, HALF, HALF, N, RUN)
+    ms = ()
+    lows = ()
+    for p in tl.static_range(COUNT):
+        ms = ms + (_rows(m_ptr, p * C, C, N, RUN),)
+        if SPLIT:
+            lows = lows + (_rows(m_ptr + N * N, p * C, C, N, RUN),)
     clip = tl.load(clip_ptr)
     first_tile = tl.program_id(0).to(tl.int64)
     for tile in tl.range(first_tile, tl.cdiv(num_rows, TILE_R), tl.num_programs(0), num_stages=STAGES):
         start = tile * TILE_R
-        row_R1 = start + _swapped_number(tl.arange(0, TILE_R), BY_TURNS)[:, None]
-        mask_R1 = row_R1 < num_rows
-        first = _half(x_ptr, row_R1, 0, HALF, N, mask_R1).to(tl.float32)
-        second = _half(x_ptr, row_R1, HALF, HALF, N, mask_R1).to(tl.float32)
-        if ROPE:
-            line_R1 = row_R1.to(tl.int32) // num_heads % num_angles
-            cos = _half(cos_ptr, line_R1, 0, HALF, cos_stride, mask_R1).to(tl.float32)
-            sin = _half(sin_ptr, line_R1, 0, HALF, cos_stride, mask_R1).to(tl.float32)
-            turned = second * cos + first * sin
-            first = first * cos - second * sin
-            second = turned
-        most_R = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))
+        place_R = tl.arange(0, TILE_R)
+        if TURNS and BY_TURNS == 1:
+            place_R = _dealt(place_R, TURNS)
+        row_R1 = place_R[:, None]
+        mask_R1 = row_R1 < num_rows - start
+        # The angles of a row: those of its token. A tile of whole tokens needs no division by a number of heads.
+        if WHOLE:
+            angle = start // HEADS * STRIDE
+            line_R1 = row_R1 // HEADS
+        else:
+            angle = start * 0
+            line_R1 = (start.to(tl.int32) + row_R1) // HEADS % num_angles
+        loaded = ()
+        for p in tl.static_range(HALF // C):
+            first = _piece(x_ptr + start * N, row_R1, p * C, C, N, mask_R1)
+            second = _piece(x_ptr + start * N, row_R1, HALF + p * C, C, N, mask_R1)
+            if ROPE:
+                cos = _piece(cos_ptr + angle, line_R1, p * C, C, STRIDE, mask_R1)
+                sin = _piece(sin_ptr + angle, line_R1, p * C, C, STRIDE, mask_R1)
+                loaded = loaded + ((first, second, cos, sin),)
+            else:
+                loaded = loaded + ((first, second),)
+        if AHEAD:  # behind the loads of this tile, which come first
+            next_tile = tile + AHEAD * tl.num_programs(0)
+            to_cache(x_ptr, next_tile, num_rows // TILE_R, N * TILE_R)
+            if WHOLE:
+                to_cache(cos_ptr, next_tile, num_rows // TILE_R, TILE_R // HEADS * STRIDE)
+                to_cache(sin_ptr, next_tile, num_rows // TILE_R, TILE_R // HEADS * STRIDE)
+        firsts = ()
+        seconds = ()
+        most_R = tl.zeros((TILE_R,), tl.float32)
+        for p in tl.static_range(HALF // C):
+            first = loaded[p][0].to(tl.float32)
+            second = loaded[p][1].to(tl.float32)
+            if ROPE:
+                cos = loaded[p][2].to(tl.float32)
+                sin = loaded[p][3].to(tl.float32)
+                turned = tl.fma(second, cos, first * sin)
+                first = tl.fma(first, cos, -(second * sin))
+                second = turned
+            most_R = tl.maximum(most_R, tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1))
+            firsts = firsts + (first,)
+            seconds = seconds + (second,)
+        rs = firsts + seconds
         # max drops NaN, but the product carries it on.
         up_R, down_R = near_largest(most_R)
-        first, second = first * up_R[:, None], second * up_R[:, None]
         y = tl.zeros((TILE_R, N), tl.float32)
         if SPLIT:  # before the large terms: tensor cores cut off what lies below a sum's last bit, step by step
-            y = _add_rest(y, first, top, low_top)
-            y = _add_rest(y, second, bottom, low_bottom)
-        y = tl.dot(first.to(tl.float16), top, y)
-        y = tl.dot(second.to(tl.float16), bottom, y)
+            for p in tl.static_range(COUNT):
+                y = _add_rest(y, rs[p] * up_R[:, None], ms[p], lows[p], TURNS)
+        for p in tl.static_range(COUNT):
+            y = tl.dot(_as_factor((rs[p] * up_R[:, None]).to(tl.float16), TURNS), ms[p], y)
+        y = in_order(y, RUN, BY_TURNS)
         unscale_R = down_R * factor
+        if TURNS and BY_TURNS == 1:
+            unscale_R = tl.reshape(swapped_rows(unscale_R[:, None], 2, TURNS), (TILE_R,))
         if grid is None:
-            y = in_order(y * unscale_R[:, None], RUN, BY_TURNS)
-            store(y_ptr, y, start, num_rows - start, 0, N, STORES)
+            store(y_ptr, y * unscale_R[:, None], start, num_rows - start, 0, N, STORES)
         else:
-            y = in_order(y, RUN, BY_TURNS)
-            unscale_R = tl.reshape(swapped_rows(unscale_R[:, None], BY_TURNS, 2), (TILE_R,))
             low, high = extremes(y, unscale_R, grid, N)
             put_on_grid(y, unscale_R, low, high, 1.0, clip, y_ptr, codes_ptr, scale_ptr, second_ptr,
                         start, num_rows - start, 0, False, 0, N, grid, PACKED, STORES)  # fmt: skip
@@ -122,14 +196,13 @@ def rotate_heads(
     grid: Grid | None = None,
     clip: Tensor | None = None,
     packed: bool = False,
-    cut: tuple[int, int, int, int] | None = None,
+    cut: Cut | None = None,
 ) -> Tensor | Codes:
     """`x (B, T, H, N)`, N a power of two from 32 to LARGEST_HEAD of its dtype, times `factor` · `matrix`, which is
     `split_matrix`'s.
 
     `cos` and `sin`, `(1 or B, T, N / 2)`, are those of the angles of each token; with neither, x is not turned, and
     has any leading axes. A `grid`, whose `width` is N for one to a row, puts each row on it; `packed` gives codes.
-    `cut` has the rows of a tile, warps, tiles in flight, and programs per SM.
     """
     x = x.contiguous()
     size = matrix.shape[-1]
@@ -142,14 +215,18 @@ def rotate_heads(
         assert cos.shape[0] == 1 or cos.stride(0) == cos.stride(1) * cos.shape[1]
         num_angles, stride = cos.shape[0] * cos.shape[1], cos.stride(1)
     factor /= _LIFT
-    tile, num_warps, num_stages, programs = cut or best_cut(num_rows, size, on_grid=grid is not None)
+    num_heads = 1 if cos is None else x.shape[-2]
+    cut = cut or best_cut(num_rows, size, on_grid=grid is not None)
     if num_rows:
-        count = min(triton.cdiv(num_rows, tile), programs * processors(x.device))
+        tiles = triton.cdiv(num_rows, cut.rows)
+        count = min(tiles, cut.programs * processors(x.device))
         _rotate_heads[(count,)](
             x, x if cos is None else cos, x if sin is None else sin, matrix, one(x.device) if clip is None else clip,
-            y, codes, scale, second, num_rows, x.shape[-2] if cos is not None else 1, num_angles, stride, factor,
-            size, cos is not None, x.dtype == torch.float32, grid, packed, tile, num_stages, num_warps,
-            num_warps=num_warps, enable_fp_fusion=False,
+            y, codes, scale, second, num_rows, num_angles, factor,
+            size, stride, num_heads, cos is not None, num_angles * num_heads < num_rows,
+            x.dtype == torch.float32, grid, packed,
+            cut.rows, cut.num_stages, cut.num_warps, cut.ahead if count < tiles else 0,
+            num_warps=cut.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return Codes(codes, scale, None if second is x else second) if packed else y
 
@@ -161,10 +238,10 @@ def split_matrix(matrix: Tensor) -> Tensor:
     return torch.stack([high, (lifted - high.double()).half()])
 
 
-def best_cut(num_rows: int, size: int, *, on_grid: bool) -> tuple[int, int, int, int]:
-    """How the rows are cut, see `rotate_heads`; measured on an H100 (`benchmarks/transforms.py`)."""
+def best_cut(num_rows: int, size: int, *, on_grid: bool) -> Cut:
+    """How the rows are cut; measured on an H100 (`benchmarks/transforms.py`)."""
     if num_rows <= 1024:
-        return 16, 8, 1, 8
+        return Cut(16, 8 if size >= 128 else 4, 1, 8)
     if size < 128:
-        return (64, 4, 1, 8) if on_grid else (64, 4, 2, 64)
-    return (64, 4, 1 if on_grid else 2, 3)  # each program reads all of the matrix, so few of them
+        return Cut(64, 4, 1, 4 if on_grid else 64, 1)
+    return Cut(64, 4, 1, 2 if on_grid and num_rows < 2**16 else 3, 1)

@@ -2,8 +2,11 @@
 
     y = b + x + (x U) V        or, without x itself,        y = b + (x U) V
 
-Two kernels: one for x U, in which a program takes a tile of tokens, and for few tokens a part of the channels; one for
-the sum, in which a program takes a tile of tokens and channels and adds up the parts of x U first.
+Two kernels: one for x U, one for the sum. All of a row of x is needed before any of it can be summed, so x is read
+twice, unless the sum that made x has made x U as well: a stream goes through one correction after another, and the sum
+has every number of the next one's x in registers. Then one kernel reads x and b and writes y, and nothing else.
+
+Either kernel takes a tile of tokens and a part of the channels, so x U comes in parts, which the sum adds up first.
 
 `maps.lowrank` defines the map, of which V is K Uᵀ. Products of 16-bit numbers run on the tensor cores as they are,
 those of fp32 ones in three TF32 parts, or, where TF32 is off, as in a proof, in IEEE fp32: tensor cores cut off what
@@ -22,22 +25,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["LARGEST_RANK", "Cut", "low_rank_sum"]
+from spinfold.kernels.grids import shared_memory
+
+__all__ = ["LARGEST_RANK", "Cut", "inner_product", "low_rank_sum"]
 
 LARGEST_RANK = 256
-_FEW = 64
+_FEW, _MANY = 64, 8192
 _AT_ONCE = tl.constexpr(8)
+"""Parts of a product that a thread asks for before it adds them up."""
 
 
 class Cut(NamedTuple):
-    """Tokens of a tile, channels of one in x U and in the sum, parts of the channels, warps, tiles in flight."""
+    """Tokens and channels of a tile, parts of the channels, warps, tiles in flight."""
 
     tokens: int
     channels: int
-    channels_of_sum: int
     parts: int
     num_warps: int
     num_stages: int
+
+
+@triton.jit
+def _factor(ptr, row, column, num_rows, num_columns):
+    """A tile of U or V, zero beyond it."""
+    row_A1, column_1B = row[:, None], column[None, :]
+    mask_AB = (row_A1 < num_rows) & (column_1B < num_columns)
+    return tl.load(ptr + row_A1 * num_columns + column_1B, mask=mask_AB, other=0.0)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -47,85 +60,166 @@ def _inner(
 ):  # fmt: skip
     """x U of a tile of tokens and one `share` of the channels."""
     row_T1 = (tl.program_id(0).to(tl.int64) * TILE_T + tl.arange(0, TILE_T))[:, None]
-    rank_1R = tl.arange(0, TILE_R)[None, :]
+    rank_R = tl.arange(0, TILE_R)
     part_TR = tl.zeros((TILE_T, TILE_R), tl.float32)
     begin = tl.program_id(1) * share
     for start in range(begin, begin + share, TILE_N):
         channel_N = start + tl.arange(0, TILE_N)
         mask_TN = (row_T1 < num_tokens) & (channel_N < size)[None, :]
         x_TN = tl.load(x_ptr + row_T1 * size + channel_N[None, :], mask=mask_TN, other=0.0)
-        mask_NR = (channel_N < size)[:, None] & (rank_1R < rank)
-        u_NR = tl.load(u_ptr + channel_N[:, None] * rank + rank_1R, mask=mask_NR, other=0.0)
-        part_TR = tl.dot(x_TN, u_NR, part_TR, input_precision=PRECISION)
-    tl.store(part_ptr + (tl.program_id(1) * num_tokens + row_T1) * TILE_R + rank_1R, part_TR, mask=row_T1 < num_tokens)
+        part_TR = tl.dot(x_TN, _factor(u_ptr, channel_N, rank_R, size, rank), part_TR, input_precision=PRECISION)
+    place_TR = (tl.program_id(1) * num_tokens + row_T1) * TILE_R + rank_R[None, :]
+    tl.store(part_ptr + place_TR, part_TR, mask=row_T1 < num_tokens)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def _sum(
-    x_ptr, b_ptr, part_ptr, v_ptr, y_ptr, num_tokens, size, rank,
-    PARTS: tl.constexpr, WITH_X: tl.constexpr, PRECISION: tl.constexpr,
-    TILE_T: tl.constexpr, TILE_N: tl.constexpr, TILE_R: tl.constexpr,
-):  # fmt: skip
-    """y of a tile of tokens and channels."""
-    first = tl.program_id(1).to(tl.int64) * TILE_T
-    row_T1 = (first + tl.arange(0, TILE_T))[:, None]
-    rank_R1 = tl.arange(0, TILE_R)[:, None]
-    channel_1N = (tl.program_id(0) * TILE_N + tl.arange(0, TILE_N))[None, :]
-    offset_TN = row_T1 * size + channel_1N
-    mask_TN = (row_T1 < num_tokens) & (channel_1N < size)
-    v_RN = tl.load(v_ptr + rank_R1 * size + channel_1N, mask=(rank_R1 < rank) & (channel_1N < size), other=0.0)
-    y_TN = tl.load(b_ptr + offset_TN, mask=mask_TN, other=0.0).to(tl.float32)
-    if WITH_X:
-        y_TN += tl.load(x_ptr + offset_TN, mask=mask_TN, other=0.0).to(tl.float32)
-    # The parts of x U flat, so that each thread adds up numbers of its own, several in flight.
+@triton.jit
+def _added_up(part_ptr, first, num_tokens, PARTS: tl.constexpr, TILE_T: tl.constexpr, TILE_R: tl.constexpr):
+    """x U of a tile of tokens, from its parts: flat, so that each thread adds up numbers of its own."""
+    at_once: tl.constexpr = min(triton.next_power_of_2(PARTS), _AT_ONCE)
     place = first * TILE_R + tl.arange(0, TILE_T * TILE_R)[None, :]
-    at_once: tl.constexpr = 1 if PARTS == 1 else _AT_ONCE
     inner = tl.zeros((TILE_T * TILE_R,), tl.float32)
     for start in tl.static_range(0, PARTS, at_once):
         part_C1 = start + tl.arange(0, at_once)[:, None]
         mask = (part_C1 < PARTS) & (place < num_tokens * TILE_R)
         inner += tl.sum(tl.load(part_ptr + part_C1 * (num_tokens * TILE_R) + place, mask=mask, other=0.0), axis=0)
-    inner_TR = tl.reshape(inner, (TILE_T, TILE_R)).to(v_RN.dtype)
-    y_TN += tl.dot(inner_TR, v_RN, input_precision=PRECISION)
-    tl.store(y_ptr + offset_TN, y_TN.to(y_ptr.dtype.element_ty), mask=mask_TN)
+    return tl.reshape(inner, (TILE_T, TILE_R))
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _sum(
+    x_ptr, b_ptr, part_ptr, v_ptr, y_ptr, next_u_ptr, next_part_ptr, num_tokens, size, rank, next_rank, share,
+    PARTS: tl.constexpr, WITH_X: tl.constexpr, WITH_NEXT: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_T: tl.constexpr, TILE_N: tl.constexpr, TILE_R: tl.constexpr, TILE_Q: tl.constexpr, STAGES: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+):  # fmt: skip
+    """y of a tile of tokens and one `share` of the channels; and what these add to y U of the next correction."""
+    first = tl.program_id(1).to(tl.int64) * TILE_T
+    row_T1 = (first + tl.arange(0, TILE_T))[:, None]
+    rank_R, rank_Q = tl.arange(0, TILE_R), tl.arange(0, TILE_Q)
+    if not ONE_TILE:
+        inner_TR = _added_up(part_ptr, first, num_tokens, PARTS, TILE_T, TILE_R)
+    next_TQ = tl.zeros((TILE_T, TILE_Q), tl.float32)
+    begin = tl.program_id(0) * share
+    for start in tl.range(begin, begin + share, TILE_N, num_stages=STAGES):
+        channel_N = start + tl.arange(0, TILE_N)
+        offset_TN = row_T1 * size + channel_N[None, :]
+        mask_TN = (row_T1 < num_tokens) & (channel_N < size)[None, :]
+        y_TN = tl.load(b_ptr + offset_TN, mask=mask_TN, other=0.0).to(tl.float32)
+        if WITH_X:
+            y_TN += tl.load(x_ptr + offset_TN, mask=mask_TN, other=0.0).to(tl.float32)
+        v_RN = _factor(v_ptr, rank_R, channel_N, rank, size)
+        if WITH_NEXT:
+            u_NQ = _factor(next_u_ptr, channel_N, rank_Q, size, next_rank)
+        if ONE_TILE:  # what has been asked for so far comes while the parts do
+            inner_TR = _added_up(part_ptr, first, num_tokens, PARTS, TILE_T, TILE_R)
+        y_TN = tl.dot(inner_TR.to(v_RN.dtype), v_RN, y_TN, input_precision=PRECISION).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + offset_TN, y_TN, mask=mask_TN)
+        if WITH_NEXT:
+            next_TQ = tl.dot(y_TN, u_NQ, next_TQ, input_precision=PRECISION)
+    if WITH_NEXT:
+        place_TQ = (tl.program_id(0) * num_tokens + row_T1) * TILE_Q + rank_Q[None, :]
+        tl.store(next_part_ptr + place_TQ, next_TQ, mask=row_T1 < num_tokens)
+
+
+def inner_product(x: Tensor, U_NR: Tensor, cut: Cut | None = None) -> Tensor:
+    """x U of `x (..., N)`, with which `low_rank_sum` begins: in fp32, in parts that it adds up, and padded."""
+    x, U_NR, (size, rank) = x.contiguous(), U_NR.contiguous(), U_NR.shape
+    assert rank <= LARGEST_RANK
+    assert U_NR.dtype == x.dtype
+    num_tokens = x.numel() // size
+    cut = cut or best_cut_of_inner(num_tokens, rank, x.dtype, x.device)
+    parts, share = _shares(size, cut)
+    part_CTR = x.new_empty((parts, num_tokens, _tile(rank)), dtype=torch.float32)
+    if num_tokens:
+        _inner[(triton.cdiv(num_tokens, cut.tokens), parts)](
+            x, U_NR, part_CTR, num_tokens, size, rank, share,
+            PRECISION=_precision(x.dtype), TILE_T=cut.tokens, TILE_N=cut.channels, TILE_R=_tile(rank),
+            num_warps=cut.num_warps, num_stages=cut.num_stages,
+        )  # fmt: skip
+    return part_CTR
 
 
 def low_rank_sum(
-    x: Tensor, branch: Tensor, U_NR: Tensor, V_RN: Tensor, *, with_x: bool = True, cut: Cut | None = None
-) -> Tensor:
-    """branch + x + (x U) V, or branch + (x U) V, in the wider dtype of `x` and `branch` (..., N); U and V in x's.
+    x: Tensor,
+    branch: Tensor,
+    inner_CTR: Tensor,
+    V_RN: Tensor,
+    *,
+    with_x: bool = True,
+    next_U_NR: Tensor | None = None,
+    cut: Cut | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """y = branch + x + (x U) V, or branch + (x U) V, in the wider dtype of `x` and `branch` (..., N); `inner_CTR` is x
+    U as `inner_product` or the sum before has it, and V in x's dtype. Beside it, with the U of the next correction, in
+    y's dtype, y U in the same form.
 
-    x U is rounded to x's dtype before it meets V.
+    x U is rounded to x's dtype before it meets V, y to its own before it meets the next U.
     """
-    num_tokens, size, rank = x.numel() // x.shape[-1], x.shape[-1], U_NR.shape[1]
-    assert rank <= LARGEST_RANK
-    assert U_NR.dtype == V_RN.dtype == x.dtype
-    x, branch, U_NR, V_RN = x.contiguous(), branch.contiguous(), U_NR.contiguous(), V_RN.contiguous()
+    (rank, size), num_tokens = V_RN.shape, x.numel() // x.shape[-1]
+    x, branch, V_RN = x.contiguous(), branch.contiguous(), V_RN.contiguous()
     y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, branch.dtype))
-    if not num_tokens:
-        return y
-    cut = cut or best_cut(num_tokens, rank, x.dtype)
+    assert V_RN.dtype == x.dtype
+    assert inner_CTR.shape[1:] == (num_tokens, _tile(rank))
+    cut = cut or best_cut(num_tokens, size, rank, x.dtype, x.device, onward=next_U_NR is not None)
+    parts, share = _shares(size, cut)
+    next_rank, next_CTR = rank, None
+    if next_U_NR is not None:
+        assert next_U_NR.dtype == y.dtype
+        next_rank, next_U_NR = next_U_NR.shape[1], next_U_NR.contiguous()
+        assert next_rank <= LARGEST_RANK
+        next_CTR = x.new_empty((parts, num_tokens, _tile(next_rank)), dtype=torch.float32)
+    if num_tokens:
+        _sum[(parts, triton.cdiv(num_tokens, cut.tokens))](
+            x, branch, inner_CTR, V_RN, y, V_RN if next_U_NR is None else next_U_NR,
+            inner_CTR if next_CTR is None else next_CTR, num_tokens, size, rank, next_rank, share,
+            PARTS=len(inner_CTR), WITH_X=with_x, WITH_NEXT=next_U_NR is not None, PRECISION=_precision(y.dtype),
+            TILE_T=cut.tokens, TILE_N=cut.channels, TILE_R=_tile(rank), TILE_Q=_tile(next_rank), STAGES=cut.num_stages,
+            ONE_TILE=share == cut.channels, num_warps=cut.num_warps,
+        )  # fmt: skip
+    return y, next_CTR
+
+
+def _shares(size: int, cut: Cut) -> tuple[int, int]:
+    """Parts of the channels, and channels of a part, a whole number of tiles."""
     share = triton.cdiv(triton.cdiv(size, cut.parts), cut.channels) * cut.channels
-    shape = {
-        "PRECISION": "tf32x3" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        "TILE_T": cut.tokens,
-        "TILE_R": max(16, triton.next_power_of_2(rank)),
-        "num_warps": cut.num_warps,
-        "num_stages": cut.num_stages,
-    }
-    tiles, parts = triton.cdiv(num_tokens, cut.tokens), triton.cdiv(size, share)
-    part_CTR = x.new_empty((parts, num_tokens, shape["TILE_R"]), dtype=torch.float32)
-    _inner[(tiles, parts)](x, U_NR, part_CTR, num_tokens, size, rank, share, TILE_N=cut.channels, **shape)
-    _sum[(triton.cdiv(size, cut.channels_of_sum), tiles)](
-        x, branch, part_CTR, V_RN, y, num_tokens, size, rank,
-        PARTS=parts, WITH_X=with_x, TILE_N=cut.channels_of_sum, **shape,
-    )  # fmt: skip
-    return y
+    return triton.cdiv(size, share), share
 
 
-def best_cut(num_tokens: int, rank: int, dtype: torch.dtype) -> Cut:
-    """How the work is cut; measured on an H100 (`benchmarks/transforms.py`)."""
+def _tile(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32x3" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def best_cut_of_inner(num_tokens: int, rank: int, dtype: torch.dtype, device: torch.device) -> Cut:
+    """How x U is cut; measured on an H100 (`benchmarks/transforms.py`)."""
+    few = num_tokens <= _FEW
     if dtype == torch.float32:
-        return Cut(16, 64, 64, 16, 4, 2) if num_tokens <= _FEW else Cut(32, 64, 64, 1, 8, 2)
-    channels = 128 if rank <= 128 else 64  # of U, as many as shared memory holds three times
-    return Cut(16, channels, 128, 16, 4, 3) if num_tokens <= _FEW else Cut(64, channels, 128, 1, 4, 3)
+        return Cut(16, 64, 16, 4, 2) if few else Cut(32, 64, 1, 8, 2)
+    if rank > 128:
+        return Cut(16, 64, 16, 4, 3) if few else Cut(64, 64, 1, 4, 3)
+    if few:
+        return Cut(16, 128, 32, 4, 2)
+    return Cut(64, 128, 2, 4, 4) if num_tokens < _MANY and _roomy(device) else Cut(64, 128, 1, 4, 3)
+
+
+def best_cut(num_tokens: int, size: int, rank: int, dtype: torch.dtype, device: torch.device, *, onward: bool) -> Cut:
+    """How the sum is cut, with or without the next correction; measured in the same way."""
+    few = num_tokens <= _FEW
+    if dtype == torch.float32:
+        parts = 16 if onward else triton.cdiv(size, 64)
+        return Cut(16, 64, parts, 4, 1) if few else Cut(32, 64, parts, 8, 1)
+    if few:
+        return Cut(16, 128, 32, 4, 2) if onward and rank <= 64 else Cut(16, 128, triton.cdiv(size, 128), 4, 1)
+    if rank > 64 or (onward and not _roomy(device)):
+        return Cut(64, 64, 4, 4, 2)
+    if onward:
+        return Cut(64, 128, 2, 4, 3 if num_tokens < _MANY else 2)
+    return Cut(64, 64, 4, 4, 4) if num_tokens < _MANY else Cut(64, 128, 4, 4, 2)
+
+
+def _roomy(device: torch.device) -> bool:
+    """Has a program as much shared memory as on an H100? On most other GPUs it has 99 KiB."""
+    return shared_memory(device) >= 200 * 1024
