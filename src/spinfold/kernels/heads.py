@@ -112,6 +112,9 @@ def _rotate_heads(
     RUN: tl.constexpr = neighbours(N, BITS) if TURNS else 2
     BY_TURNS: tl.constexpr = interleaved(TILE_R, WARPS, RUN, BITS)
     STORES: tl.constexpr = stores(N, RUN, BITS)
+    first_tile = tl.program_id(0).to(tl.int64)
+    if AHEAD:
+        to_cache(x_ptr, first_tile, num_rows // TILE_R, N * TILE_R)
     ms = ()
     lows = ()
     for p in tl.static_range(COUNT):
@@ -119,7 +122,6 @@ def _rotate_heads(
         if SPLIT:
             lows = lows + (_rows(m_ptr + N * N, p * C, C, N, RUN),)
     clip = tl.load(clip_ptr)
-    first_tile = tl.program_id(0).to(tl.int64)
     for tile in tl.range(first_tile, tl.cdiv(num_rows, TILE_R), tl.num_programs(0), num_stages=STAGES):
         start = tile * TILE_R
         place_R = tl.arange(0, TILE_R)
@@ -243,5 +245,5 @@ def best_cut(num_rows: int, size: int, *, on_grid: bool) -> Cut:
     if num_rows <= 1024:
         return Cut(16, 8 if size >= 128 else 4, 1, 8)
     if size < 128:
-        return Cut(64, 4, 1, 4 if on_grid else 64, 1)
+        return Cut(64, 4, 1, 8 if on_grid else 64, 1)
     return Cut(64, 4, 1, 2 if on_grid and num_rows < 2**16 else 3, 1)

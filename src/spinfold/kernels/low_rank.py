@@ -36,7 +36,9 @@ _AT_ONCE = tl.constexpr(8)
 
 
 class Cut(NamedTuple):
-    """Tokens and channels of a tile, parts of the channels, warps, tiles in flight."""
+    """Tokens and channels of a tile, parts of the channels, warps, tiles in flight. Of fewer than 16 tokens the sum makes
+    a tile of 16, as the tensor cores want it.
+    """
 
     tokens: int
     channels: int
@@ -73,52 +75,49 @@ def _inner(
 
 
 @triton.jit
-def _added_up(part_ptr, first, num_tokens, PARTS: tl.constexpr, TILE_T: tl.constexpr, TILE_R: tl.constexpr):
-    """x U of a tile of tokens, from its parts: flat, so that each thread adds up numbers of its own."""
+def _added_up(part_ptr, first, end, stride, PARTS: tl.constexpr, TILE_T: tl.constexpr, TILE_R: tl.constexpr):
+    """x U of the tokens from `first` to `end`, from its parts: flat, so that each thread adds up numbers of its own."""
     at_once: tl.constexpr = min(triton.next_power_of_2(PARTS), _AT_ONCE)
-    place = first * TILE_R + tl.arange(0, TILE_T * TILE_R)[None, :]
-    inner = tl.zeros((TILE_T * TILE_R,), tl.float32)
+    place_1P = first * TILE_R + tl.arange(0, TILE_T * TILE_R)[None, :]
+    inner_P = tl.zeros((TILE_T * TILE_R,), tl.float32)
     for start in tl.static_range(0, PARTS, at_once):
         part_C1 = start + tl.arange(0, at_once)[:, None]
-        mask = (part_C1 < PARTS) & (place < num_tokens * TILE_R)
-        inner += tl.sum(tl.load(part_ptr + part_C1 * (num_tokens * TILE_R) + place, mask=mask, other=0.0), axis=0)
-    return tl.reshape(inner, (TILE_T, TILE_R))
+        mask_CP = (part_C1 < PARTS) & (place_1P < end * TILE_R)
+        inner_P += tl.sum(tl.load(part_ptr + part_C1 * stride + place_1P, mask=mask_CP, other=0.0), axis=0)
+    return tl.reshape(inner_P, (TILE_T, TILE_R))
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _sum(
     x_ptr, b_ptr, part_ptr, v_ptr, y_ptr, next_u_ptr, next_part_ptr, num_tokens, size, rank, next_rank, share,
     PARTS: tl.constexpr, WITH_X: tl.constexpr, WITH_NEXT: tl.constexpr, PRECISION: tl.constexpr,
-    TILE_T: tl.constexpr, TILE_N: tl.constexpr, TILE_R: tl.constexpr, TILE_Q: tl.constexpr, STAGES: tl.constexpr,
-    ONE_TILE: tl.constexpr,
+    TOKENS: tl.constexpr, TILE_N: tl.constexpr, TILE_R: tl.constexpr, TILE_Q: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y of a tile of tokens and one `share` of the channels; and what these add to y U of the next correction."""
-    first = tl.program_id(1).to(tl.int64) * TILE_T
+    TILE_T: tl.constexpr = max(TOKENS, 16)
+    first = tl.program_id(1).to(tl.int64) * TOKENS
+    end = tl.minimum(first + TOKENS, num_tokens)
     row_T1 = (first + tl.arange(0, TILE_T))[:, None]
     rank_R, rank_Q = tl.arange(0, TILE_R), tl.arange(0, TILE_Q)
-    if not ONE_TILE:
-        inner_TR = _added_up(part_ptr, first, num_tokens, PARTS, TILE_T, TILE_R)
+    inner_TR = _added_up(part_ptr, first, end, num_tokens * TILE_R, PARTS, TILE_T, TILE_R).to(v_ptr.dtype.element_ty)
     next_TQ = tl.zeros((TILE_T, TILE_Q), tl.float32)
     begin = tl.program_id(0) * share
     for start in tl.range(begin, begin + share, TILE_N, num_stages=STAGES):
         channel_N = start + tl.arange(0, TILE_N)
         offset_TN = row_T1 * size + channel_N[None, :]
-        mask_TN = (row_T1 < num_tokens) & (channel_N < size)[None, :]
+        mask_TN = (row_T1 < end) & (channel_N < size)[None, :]
         y_TN = tl.load(b_ptr + offset_TN, mask=mask_TN, other=0.0).to(tl.float32)
         if WITH_X:
             y_TN += tl.load(x_ptr + offset_TN, mask=mask_TN, other=0.0).to(tl.float32)
         v_RN = _factor(v_ptr, rank_R, channel_N, rank, size)
-        if WITH_NEXT:
-            u_NQ = _factor(next_u_ptr, channel_N, rank_Q, size, next_rank)
-        if ONE_TILE:  # what has been asked for so far comes while the parts do
-            inner_TR = _added_up(part_ptr, first, num_tokens, PARTS, TILE_T, TILE_R)
-        y_TN = tl.dot(inner_TR.to(v_RN.dtype), v_RN, y_TN, input_precision=PRECISION).to(y_ptr.dtype.element_ty)
+        y_TN = tl.dot(inner_TR, v_RN, y_TN, input_precision=PRECISION).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + offset_TN, y_TN, mask=mask_TN)
         if WITH_NEXT:
+            u_NQ = _factor(next_u_ptr, channel_N, rank_Q, size, next_rank)
             next_TQ = tl.dot(y_TN, u_NQ, next_TQ, input_precision=PRECISION)
     if WITH_NEXT:
         place_TQ = (tl.program_id(0) * num_tokens + row_T1) * TILE_Q + rank_Q[None, :]
-        tl.store(next_part_ptr + place_TQ, next_TQ, mask=row_T1 < num_tokens)
+        tl.store(next_part_ptr + place_TQ, next_TQ, mask=row_T1 < end)
 
 
 def inner_product(x: Tensor, U_NR: Tensor, cut: Cut | None = None) -> Tensor:
@@ -173,8 +172,8 @@ def low_rank_sum(
             x, branch, inner_CTR, V_RN, y, V_RN if next_U_NR is None else next_U_NR,
             inner_CTR if next_CTR is None else next_CTR, num_tokens, size, rank, next_rank, share,
             PARTS=len(inner_CTR), WITH_X=with_x, WITH_NEXT=next_U_NR is not None, PRECISION=_precision(y.dtype),
-            TILE_T=cut.tokens, TILE_N=cut.channels, TILE_R=_tile(rank), TILE_Q=_tile(next_rank), STAGES=cut.num_stages,
-            ONE_TILE=share == cut.channels, num_warps=cut.num_warps,
+            TOKENS=cut.tokens, TILE_N=cut.channels, TILE_R=_tile(rank), TILE_Q=_tile(next_rank), STAGES=cut.num_stages,
+            num_warps=cut.num_warps,
         )  # fmt: skip
     return y, next_CTR
 
