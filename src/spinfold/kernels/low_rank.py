@@ -36,8 +36,8 @@ _AT_ONCE = tl.constexpr(8)
 
 
 class Cut(NamedTuple):
-    """Tokens and channels of a tile, parts of the channels, warps, tiles in flight. Of fewer than 16 tokens the sum makes
-    a tile of 16, as the tensor cores want it.
+    """Tokens and channels of a tile, parts of the channels, warps, tiles in flight. The sum may have fewer than the 16
+    tokens that the tensor cores want, and pads them.
     """
 
     tokens: int
@@ -210,8 +210,10 @@ def best_cut(num_tokens: int, size: int, rank: int, dtype: torch.dtype, device: 
     if dtype == torch.float32:
         parts = 16 if onward else triton.cdiv(size, 64)
         return Cut(16, 64, parts, 4, 1) if few else Cut(32, 64, parts, 8, 1)
+    if few and onward:
+        return Cut(16, 128, 32, 4, 2) if rank <= 32 else Cut(8, 128 if rank <= 64 else 64, 64, 8, 2)
     if few:
-        return Cut(16, 128, 32, 4, 2) if onward and rank <= 64 else Cut(16, 128, triton.cdiv(size, 128), 4, 1)
+        return Cut(16, 128, triton.cdiv(size, 128), 4, 1)
     if rank > 64 or (onward and not _roomy(device)):
         return Cut(64, 64, 4, 4, 2)
     if onward:
