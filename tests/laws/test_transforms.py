@@ -254,7 +254,9 @@ def test_two_numbers_of_16_bits_hold_22_bits_of_an_orthogonal_matrix(size):
 
 @direct
 @pytest.mark.parametrize(("dtype", "branch_dtype"), [(torch.float32,) * 2, (NARROW,) * 2, (torch.float32, NARROW)])
-@pytest.mark.parametrize(("num_tokens", "size", "rank"), [(1, 64, 3), (37, 576, 20), (0, 64, 3), (131, 576, 64)])
+@pytest.mark.parametrize(
+    ("num_tokens", "size", "rank"), [(1, 64, 3), (37, 576, 20), (0, 64, 3), (131, 576, 64), (70, 96, 200)]
+)
 @pytest.mark.parametrize("with_x", [True, False])
 def test_the_low_rank_sum(dtype, branch_dtype, num_tokens, size, rank, with_x):
     from spinfold.kernels.low_rank import inner_product, low_rank_sum

@@ -99,7 +99,8 @@ def _sum(
     end = tl.minimum(first + TOKENS, num_tokens)
     row_T1 = (first + tl.arange(0, TILE_T))[:, None]
     rank_R, rank_Q = tl.arange(0, TILE_R), tl.arange(0, TILE_Q)
-    inner_TR = _added_up(part_ptr, first, end, num_tokens * TILE_R, PARTS, TILE_T, TILE_R).to(v_ptr.dtype.element_ty)
+    stride = num_tokens.to(tl.int64) * TILE_R
+    inner_TR = _added_up(part_ptr, first, end, stride, PARTS, TILE_T, TILE_R).to(v_ptr.dtype.element_ty)
     next_TQ = tl.zeros((TILE_T, TILE_Q), tl.float32)
     begin = tl.program_id(0) * share
     for start in tl.range(begin, begin + share, TILE_N, num_stages=STAGES):
@@ -194,27 +195,32 @@ def _precision(dtype: torch.dtype) -> str:
 
 def best_cut_of_inner(num_tokens: int, rank: int, dtype: torch.dtype, device: torch.device) -> Cut:
     """How x U is cut; measured on an H100 (`benchmarks/transforms.py`)."""
-    few = num_tokens <= _FEW
+    few, roomy = num_tokens <= _FEW, _roomy(device)
     if dtype == torch.float32:
         return Cut(16, 64, 16, 4, 2) if few else Cut(32, 64, 1, 8, 2)
     if rank > 128:
-        return Cut(16, 64, 16, 4, 3) if few else Cut(64, 64, 1, 4, 3)
+        return Cut(16, 64, 16, 4, 3) if few else Cut(64, 64, 1, 4, 3 if roomy else 2)
     if few:
         return Cut(16, 128, 32, 4, 2)
-    return Cut(64, 128, 2, 4, 4) if num_tokens < _MANY and _roomy(device) else Cut(64, 128, 1, 4, 3)
+    if num_tokens < _MANY and roomy:
+        return Cut(64, 128, 2, 4, 4)
+    return Cut(64, 128, 1, 4, 3 if roomy or rank <= 64 else 2)
 
 
 def best_cut(num_tokens: int, size: int, rank: int, dtype: torch.dtype, device: torch.device, *, onward: bool) -> Cut:
     """How the sum is cut, with or without the next correction; measured in the same way."""
-    few = num_tokens <= _FEW
+    few, roomy = num_tokens <= _FEW, _roomy(device)
     if dtype == torch.float32:
-        parts = 16 if onward else triton.cdiv(size, 64)
-        return Cut(16, 64, parts, 4, 1) if few else Cut(32, 64, parts, 8, 1)
+        channels = 64 if roomy or rank <= 128 else 32
+        parts = 16 if onward else triton.cdiv(size, channels)
+        return Cut(16, channels, parts, 4, 1) if few else Cut(32, channels, parts, 8, 1)
     if few and onward:
         return Cut(16, 128, 32, 4, 2) if rank <= 32 else Cut(8, 128 if rank <= 64 else 64, 64, 8, 2)
     if few:
         return Cut(16, 128, triton.cdiv(size, 128), 4, 1)
-    if rank > 64 or (onward and not _roomy(device)):
+    if rank > 64:
+        return Cut(64, 64, 4, 4, 2) if roomy else Cut(64, 32, 4, 4, 2 if rank <= 128 else 1)
+    if onward and not roomy:
         return Cut(64, 64, 4, 4, 2)
     if onward:
         return Cut(64, 128, 2, 4, 3 if num_tokens < _MANY else 2)
