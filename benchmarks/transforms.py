@@ -217,13 +217,17 @@ class Run:
         self.compile((in_fp32, (33, size)) for size in (64, *self.args.sizes))
         self.compile(
             (low_rank_work, (n, *shape, kind, *cut))
-            for n in (4, 4096)
+            for n in (4, 4096, 16384)
             for shape in RESIDUALS
             for kind in SUMS
             for cut in cuts_of_sum(n, kind)
         )
         self.compile(
-            (heads_work, (4, head, *kind, *cut)) for head in HEADS for kind in KINDS for cut in FEW_HEADS + MANY_HEADS
+            (heads_work, (n, head, *kind, *cut))
+            for n, cuts in ((4, FEW_HEADS), (16384, MANY_HEADS))
+            for head in HEADS
+            for kind in KINDS
+            for cut in cuts
         )
         wait()
         for size in self.args.sizes:
@@ -285,13 +289,13 @@ class Run:
             for num_tokens in self.args.tokens:
                 if self.late(3):
                     return
-                inputs = inputs_of(num_tokens, size)
+                inputs = inputs_of(num_tokens, 2 * size)
                 row = {"size": size, "rank": rank, "tokens": num_tokens, "copy_us": clock_copy(num_tokens * size * 6)}
                 for kind in SUMS:
                     cuts = cuts_of_sum(num_tokens, kind)
                     row[kind] = self.fastest(low_rank_work, (num_tokens, size, rank, kind), cuts, inputs)
                 row["torch_us"] = clock(low_rank_work(num_tokens, size, rank, "torch"), inputs)
-                row["elementwise_us"] = clock(lambda x: x + x, inputs)
+                row["elementwise_us"] = clock(lambda both: torch.add(*both.view(2, -1)), inputs)
                 self.results["low_rank"].append(row)
 
     def fastest(self, work: Any, of: tuple[Any, ...], cuts: list[Any], inputs: list[Tensor]) -> dict[str, Any]:
@@ -349,18 +353,23 @@ def cuts_of_sum(num_tokens: int, kind: str) -> list[tuple[int, ...]]:
 
 
 def low_rank_work(num_tokens: int, size: int, rank: int, kind: str, *cut: int) -> Work:
-    """The residual sum, by the kernel cut in some way, or by torch."""
+    """The residual sum of both halves of a tensor, by the kernel cut in some way, or by torch."""
     from spinfold.kernels.low_rank import Cut, inner_product, low_rank_sum
 
-    branch, U_NR, V_RN = random(num_tokens, size), random(size, rank), random(rank, size)
-    if kind == "torch":
-        return lambda x: branch + (x + (x @ U_NR) @ V_RN)
-    if kind == SUMS[0]:
-        way = Cut(*cut) if cut else None
-        _, inner = low_rank_sum(branch, branch, inner_product(branch, U_NR), V_RN, next_U_NR=U_NR, cut=way)
-        return lambda x: low_rank_sum(x, branch, inner, V_RN, next_U_NR=U_NR, cut=way)
-    with_x = kind == SUMS[1]
-    return lambda x: low_rank_sum(x, branch, inner_product(x, U_NR), V_RN, with_x=with_x)
+    U_NR, V_RN = random(size, rank), random(rank, size)
+    way = Cut(*cut) if cut else None
+    before = random(num_tokens, size)
+    _, inner = low_rank_sum(before, before, inner_product(before, U_NR), V_RN, next_U_NR=U_NR, cut=way)
+
+    def work(both: Tensor) -> Any:
+        x, branch = both.view(2, num_tokens, size)
+        if kind == "torch":
+            return branch + (x + (x @ U_NR) @ V_RN)
+        if kind == SUMS[0]:
+            return low_rank_sum(x, branch, inner, V_RN, next_U_NR=U_NR, cut=way)
+        return low_rank_sum(x, branch, inner_product(x, U_NR), V_RN, with_x=kind == SUMS[1])
+
+    return work
 
 
 def inputs_of(num_tokens: int, size: int) -> list[Tensor]:
@@ -403,7 +412,7 @@ def compiled(job: tuple[Any, tuple[Any, ...]]) -> str:
             transform(*rest)(random(num_tokens, rest[0]))
         else:
             num_tokens, *rest = of
-            width = rest[0] * rest[1] if work is heads_work else rest[0]
+            width = rest[0] * rest[1] if work is heads_work else 2 * rest[0]
             work(*of)(random(num_tokens, width))
         torch.cuda.synchronize()
     except Exception as error:

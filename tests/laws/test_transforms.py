@@ -243,6 +243,26 @@ def test_heads_through_rope_a_rotation_and_a_quantizer(size, batch, length, dtyp
 
 
 @direct
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("num_heads", [1, 8, 64])
+@pytest.mark.parametrize("of_one_table", [False, True])
+def test_heads_in_tiles_of_whole_tokens(size, num_heads, of_one_table):
+    from spinfold.kernels.heads import Cut, rotate_heads, split_matrix
+
+    R_NN = torch.linalg.qr(random(size, size, seed=1).double())[0]
+    length = (300 if INTERPRETED else 12000) // num_heads + 3
+    x, table = random(1, length, num_heads, size).to(NARROW), random(1, length, size, seed=2)
+    cos, sin = table.chunk(2, -1)
+    if not of_one_table:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    exact = rope(x, cos, sin).double() @ R_NN
+    options = {"matrix": split_matrix(R_NN), "cos": cos, "sin": sin, "cut": Cut(64, 4, 1, 1, 1)}
+    assert (rotate_heads(x, **options) - exact).norm() < 4e-3 * exact.norm()
+    codes = rotate_heads(x, grid=numbers(IntFormat(4, False, size)), packed=True, **options)
+    assert (codes.codes != encode(exact.float(), IntFormat(4, False)).codes).float().mean() < 0.03
+
+
+@direct
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_two_numbers_of_16_bits_hold_22_bits_of_an_orthogonal_matrix(size):
     from spinfold.kernels.heads import rotate_heads, split_matrix
@@ -253,7 +273,8 @@ def test_two_numbers_of_16_bits_hold_22_bits_of_an_orthogonal_matrix(size):
 
 
 @direct
-@pytest.mark.parametrize(("dtype", "branch_dtype"), [(torch.float32,) * 2, (NARROW,) * 2, (torch.float32, NARROW)])
+@pytest.mark.parametrize("dtype", [torch.float32, NARROW])
+@pytest.mark.parametrize("branch_dtype", [torch.float32, NARROW])
 @pytest.mark.parametrize(
     ("num_tokens", "size", "rank"), [(1, 64, 3), (37, 576, 20), (0, 64, 3), (131, 576, 64), (70, 96, 200)]
 )
@@ -274,6 +295,21 @@ def test_the_low_rank_sum(dtype, branch_dtype, num_tokens, size, rank, with_x):
     assert (y - expected).norm() <= near * expected.norm()
     inner = y.double() @ next_U_NR.double()
     assert (next_inner.sum(0)[:, :40] - inner).norm() <= 2e-6 * inner.norm()
+
+
+@direct
+@pytest.mark.parametrize("cut", [(4, 64, 3, 4, 1), (8, 128, 64, 8, 2), (16, 16, 1, 4, 2), (64, 32, 2, 4, 3)])
+@pytest.mark.parametrize("num_tokens", [3, 70])
+def test_a_sum_is_the_same_however_it_is_cut(cut, num_tokens):
+    from spinfold.kernels.low_rank import Cut, inner_product, low_rank_sum
+
+    x, branch = random(num_tokens, 240).to(NARROW), random(num_tokens, 240, seed=1).to(NARROW)
+    U_NR, V_RN = (random(240, 33, seed=2) * 240**-0.5).to(NARROW), random(33, 240, seed=3).to(NARROW)
+    y, next_inner = low_rank_sum(x, branch, inner_product(x, U_NR), V_RN, next_U_NR=U_NR, cut=Cut(*cut))
+    expected = branch.double() + x.double() + x.double() @ U_NR.double() @ V_RN.double()
+    assert (y - expected).norm() <= 4e-3 * expected.norm()
+    inner = y.double() @ U_NR.double()
+    assert (next_inner.sum(0)[:, :33] - inner).norm() <= 2e-6 * inner.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, NARROW])

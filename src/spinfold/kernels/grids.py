@@ -177,13 +177,15 @@ def _fetches_rows(num_bytes):
 
 
 @triton.jit
-def to_cache(ptr, row, num_rows, N: tl.constexpr):
-    """Have a row of N numbers, if there is one, brought to the L2 cache while the program does something else."""
-    num_bytes: tl.constexpr = N * (ptr.dtype.element_ty.primitive_bitwidth // 8)
-    if _fetches_rows(num_bytes):  # noqa: SIM102 (known when the kernel is compiled, the rest is not)
+def to_cache(ptr, row, num_rows, STRIDE: tl.constexpr, N: tl.constexpr):
+    """Have N numbers of a row, if there is one, brought to the L2 cache while the program does something else. Rows are
+    STRIDE numbers apart, the first begins at a multiple of 16 bytes (`aligned`).
+    """
+    width: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    if _fetches_rows(N * width) and _fetches_rows(STRIDE * width):  # noqa: SIM102 (known when the kernel is compiled)
         if row < num_rows:
             tl.inline_asm_elementwise(
-                _FETCH, "=r,l,r", [(ptr + row * N).to(tl.int64), tl.full((), num_bytes, tl.int32)],
+                _FETCH, "=r,l,r", [(ptr + row * STRIDE).to(tl.int64), tl.full((), N * width, tl.int32)],
                 dtype=tl.int32, is_pure=False, pack=1,
             )  # fmt: skip
 
@@ -546,6 +548,11 @@ def _empty_codes(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         x.new_empty(groups, dtype=torch.float32),
         x if grid.symmetric else x.new_empty(groups, dtype=torch.uint8),
     )
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Do all begin at a multiple of 16 bytes?"""
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 @cache

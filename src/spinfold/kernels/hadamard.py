@@ -30,6 +30,7 @@ from torch import Tensor
 from spinfold.kernels.grids import (
     Codes,
     Grid,
+    aligned,
     extremes,
     near_largest,
     one,
@@ -209,7 +210,7 @@ def _hadamard(
             xs = xs + (part,)
         if AHEAD:
             # One instruction for the whole row, so that no thread waits for memory when its turn comes.
-            to_cache(x_ptr, row + AHEAD * tl.num_programs(0), num_rows, N)
+            to_cache(x_ptr, row + AHEAD * tl.num_programs(0), num_rows, N, N)
         up = 1.0
         down = factor
         if SPLIT:
@@ -299,6 +300,7 @@ def hadamard(
         count = min(num_rows, programs * processors(x.device))
         stages = 1 if lines or count == num_rows else num_stages
         result = "codes" if packed else "numbers" if grid else "map"
+        ahead = _ahead(size, result, stages) if count < num_rows and aligned(x) else 0
         _hadamard[(count, len(heights) if shared else 1)](
             x, y, codes, scale, second, x.new_empty(count * size, dtype=torch.float32) if lines else x,
             left, right, x if signs is None else signs, clip, num_rows, size**-0.5,
@@ -306,7 +308,7 @@ def hadamard(
             1 if at_once else parts, shared,
             lines, grid, packed,
             "none" if signs is None else "after" if signs_after else "before",
-            x.dtype == torch.float32, stages, num_warps, _ahead(size, result, stages) if count < num_rows else 0,
+            x.dtype == torch.float32, stages, num_warps, ahead,
             num_warps=num_warps,
             enable_fp_fusion=False, **({} if registers == 255 else {"maxnreg": registers}),
         )  # fmt: skip

@@ -6,11 +6,12 @@ M is any matrix of a head's size. The product runs on the tensor cores: r is bro
 row, by a power of two, and rounded to fp16, as M is; an fp32 x and its M are cut in two fp16 numbers, 22 bits
 together. Nothing else is rounded in between, but tensor cores don't round sums: they cut them off.
 
-A thread loads 16 bytes of a row. With columns in another order, and the rows of M in the same, these are what the
-tensor cores want of that thread as a left factor; and what they leave with it, it stores (`kernels.threads`). So no
-number goes through shared memory, where only M is, and no warp waits for another one.
+Of 16-bit numbers, 64 or more in a row, a thread loads 16 bytes. With columns in another order, and the rows of M in the
+same, these are what the tensor cores want of that thread as a left factor; and what they leave with it, it stores
+(`kernels.threads`). So where a tile fills all warps, on Hopper, no number goes through shared memory, where only M is,
+and no warp waits for another one, but to store scales, and codes of rows of 64.
 
-Shapes: R rows, one for each head of each token, the heads of a token together; N head size.
+Shapes: R rows, one for each head of each token, the heads of a token together; N head size; C columns of a piece.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
@@ -27,6 +28,7 @@ from torch import Tensor
 from spinfold.kernels.grids import (
     Codes,
     Grid,
+    aligned,
     extremes,
     near_largest,
     one,
@@ -73,7 +75,7 @@ def _rows(m_ptr, FIRST: tl.constexpr, C: tl.constexpr, N: tl.constexpr, RUN: tl.
 @triton.jit
 def _as_factor(r_RC, TURNS: tl.constexpr):
     """What threads have loaded, neighbours each, as the left factor that the tensor cores want of them: the inverse of
-    `in_order`, for which no number moves either.
+    `in_order`. As there, no number moves, if the numbers have 16 bits.
     """
     r_RC = swapped(r_RC, 4, r_RC.shape[1] // 8, 2)
     return swapped_rows(r_RC, 2, TURNS) if TURNS else r_RC
@@ -106,15 +108,15 @@ def _rotate_heads(
     C: tl.constexpr = min(HALF, 32)
     COUNT: tl.constexpr = N // C
     BITS: tl.constexpr = grid.bits if PACKED else y_ptr.dtype.element_ty.primitive_bitwidth
-    # A tile of fewer rows has its columns in several warps, and a thread no more than pairs of neighbours.
     WHOLE: tl.constexpr = ROPE and not WRAPS and TILE_R % HEADS == 0
+    # A tile of fewer rows has its columns in several warps, and a thread no more than pairs of neighbours.
     TURNS: tl.constexpr = WARPS if TILE_R % (16 * WARPS) == 0 else 0
     RUN: tl.constexpr = neighbours(N, BITS) if TURNS else 2
     BY_TURNS: tl.constexpr = interleaved(TILE_R, WARPS, RUN, BITS)
     STORES: tl.constexpr = stores(N, RUN, BITS)
     first_tile = tl.program_id(0).to(tl.int64)
     if AHEAD:
-        to_cache(x_ptr, first_tile, num_rows // TILE_R, N * TILE_R)
+        to_cache(x_ptr, first_tile, num_rows // TILE_R, N * TILE_R, N * TILE_R)
     ms = ()
     lows = ()
     for p in tl.static_range(COUNT):
@@ -148,10 +150,11 @@ def _rotate_heads(
                 loaded = loaded + ((first, second),)
         if AHEAD:  # behind the loads of this tile, which come first
             next_tile = tile + AHEAD * tl.num_programs(0)
-            to_cache(x_ptr, next_tile, num_rows // TILE_R, N * TILE_R)
+            to_cache(x_ptr, next_tile, num_rows // TILE_R, N * TILE_R, N * TILE_R)
             if WHOLE:
-                to_cache(cos_ptr, next_tile, num_rows // TILE_R, TILE_R // HEADS * STRIDE)
-                to_cache(sin_ptr, next_tile, num_rows // TILE_R, TILE_R // HEADS * STRIDE)
+                span: tl.constexpr = TILE_R // HEADS * STRIDE
+                to_cache(cos_ptr, next_tile, num_rows // TILE_R, span, span - STRIDE + HALF)
+                to_cache(sin_ptr, next_tile, num_rows // TILE_R, span, span - STRIDE + HALF)
         firsts = ()
         seconds = ()
         most_R = tl.zeros((TILE_R,), tl.float32)
@@ -209,28 +212,43 @@ def rotate_heads(
     x = x.contiguous()
     size = matrix.shape[-1]
     assert size <= LARGEST_HEAD[x.element_size()]
+    assert x.shape[-1] == size or (cos is None and x.shape[-1] % size == 0)
+    assert (cos is None) == (sin is None)
     num_rows = x.numel() // size
     y, codes, scale, second = room_for(x, grid, packed)
-    num_angles, stride = 1, 0
+    num_angles, stride, num_heads = 1, size // 2, 1
     if cos is not None and sin is not None:
-        assert cos.stride() == sin.stride() and cos.stride(-1) == 1
-        assert cos.shape[0] == 1 or cos.stride(0) == cos.stride(1) * cos.shape[1]
-        num_angles, stride = cos.shape[0] * cos.shape[1], cos.stride(1)
+        cos, sin = _evenly_apart(cos), _evenly_apart(sin)
+        if cos.stride() != sin.stride():
+            cos, sin = cos.contiguous(), sin.contiguous()
+        assert cos.shape == sin.shape
+        assert cos.shape[1:] == (x.shape[1], size // 2)
+        assert cos.shape[0] in (1, x.shape[0])
+        num_angles, num_heads = cos.shape[0] * cos.shape[1], x.shape[-2]
+        stride = cos.stride(1) if num_angles > 1 else stride
     factor /= _LIFT
-    num_heads = 1 if cos is None else x.shape[-2]
     cut = cut or best_cut(num_rows, size, on_grid=grid is not None)
     if num_rows:
         tiles = triton.cdiv(num_rows, cut.rows)
         count = min(tiles, cut.programs * processors(x.device))
+        tables = [] if cos is None or sin is None else [cos, sin]
+        ahead = cut.ahead if count < tiles and aligned(x, *tables) else 0
         _rotate_heads[(count,)](
             x, x if cos is None else cos, x if sin is None else sin, matrix, one(x.device) if clip is None else clip,
             y, codes, scale, second, num_rows, num_angles, factor,
             size, stride, num_heads, cos is not None, num_angles * num_heads < num_rows,
             x.dtype == torch.float32, grid, packed,
-            cut.rows, cut.num_stages, cut.num_warps, cut.ahead if count < tiles else 0,
+            cut.rows, cut.num_stages, cut.num_warps, ahead,
             num_warps=cut.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return Codes(codes, scale, None if second is x else second) if packed else y
+
+
+def _evenly_apart(angles: Tensor) -> Tensor:
+    """Angles `(B, T, N / 2)` whose lines, of all of the batch, are as far apart as the first two."""
+    batch, length, _ = angles.shape
+    even = batch == 1 or (length > 1 and angles.stride(0) == angles.stride(1) * length)
+    return angles if even and angles.stride(-1) == 1 else angles.clone(memory_format=torch.contiguous_format)
 
 
 def split_matrix(matrix: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 
 Two kernels: one for x U, one for the sum. All of a row of x is needed before any of it can be summed, so x is read
 twice, unless the sum that made x has made x U as well: a stream goes through one correction after another, and the sum
-has every number of the next one's x in registers. Then one kernel reads x and b and writes y, and nothing else.
+has every number of the next one's x in registers. Then one kernel reads x and b once and writes y.
 
 Either kernel takes a tile of tokens and a part of the channels, so x U comes in parts, which the sum adds up first.
 
@@ -33,6 +33,8 @@ LARGEST_RANK = 256
 _FEW, _MANY = 64, 8192
 _AT_ONCE = tl.constexpr(8)
 """Parts of a product that a thread asks for before it adds them up."""
+_BESIDE = 16384
+"""Bytes of shared memory for what does not grow with a tile's channels."""
 
 
 class Cut(NamedTuple):
@@ -125,6 +127,7 @@ def inner_product(x: Tensor, U_NR: Tensor, cut: Cut | None = None) -> Tensor:
     """x U of `x (..., N)`, with which `low_rank_sum` begins: in fp32, in parts that it adds up, and padded."""
     x, U_NR, (size, rank) = x.contiguous(), U_NR.contiguous(), U_NR.shape
     assert rank <= LARGEST_RANK
+    assert x.shape[-1] == size
     assert U_NR.dtype == x.dtype
     num_tokens = x.numel() // size
     cut = cut or best_cut_of_inner(num_tokens, rank, x.dtype, x.device)
@@ -159,14 +162,18 @@ def low_rank_sum(
     x, branch, V_RN = x.contiguous(), branch.contiguous(), V_RN.contiguous()
     y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, branch.dtype))
     assert V_RN.dtype == x.dtype
+    assert x.shape == branch.shape == (*x.shape[:-1], size)
+    assert inner_CTR.dtype == torch.float32
     assert inner_CTR.shape[1:] == (num_tokens, _tile(rank))
-    cut = cut or best_cut(num_tokens, size, rank, x.dtype, x.device, onward=next_U_NR is not None)
+    next_rank = 0 if next_U_NR is None else next_U_NR.shape[1]
+    assert max(rank, next_rank) <= LARGEST_RANK
+    cut = cut or best_cut(num_tokens, size, (rank, next_rank), (x.dtype, y.dtype), x.device)
     parts, share = _shares(size, cut)
-    next_rank, next_CTR = rank, None
+    next_CTR = None
     if next_U_NR is not None:
         assert next_U_NR.dtype == y.dtype
-        next_rank, next_U_NR = next_U_NR.shape[1], next_U_NR.contiguous()
-        assert next_rank <= LARGEST_RANK
+        assert next_U_NR.shape[0] == size
+        next_U_NR = next_U_NR.contiguous()
         next_CTR = x.new_empty((parts, num_tokens, _tile(next_rank)), dtype=torch.float32)
     if num_tokens:
         _sum[(parts, triton.cdiv(num_tokens, cut.tokens))](
@@ -194,39 +201,48 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def best_cut_of_inner(num_tokens: int, rank: int, dtype: torch.dtype, device: torch.device) -> Cut:
-    """How x U is cut; measured on an H100 (`benchmarks/transforms.py`)."""
-    few, roomy = num_tokens <= _FEW, _roomy(device)
+    """How x U is cut; measured on an H100 for 16 bits and ranks up to 64 (`benchmarks/transforms.py`)."""
+    few = num_tokens <= _FEW
     if dtype == torch.float32:
-        return Cut(16, 64, 16, 4, 2) if few else Cut(32, 64, 1, 8, 2)
-    if rank > 128:
-        return Cut(16, 64, 16, 4, 3) if few else Cut(64, 64, 1, 4, 3 if roomy else 2)
-    if few:
-        return Cut(16, 128, 32, 4, 2)
-    if num_tokens < _MANY and roomy:
-        return Cut(64, 128, 2, 4, 4)
-    return Cut(64, 128, 1, 4, 3 if roomy or rank <= 64 else 2)
+        cut = Cut(16, 64, 16, 4, 2) if few else Cut(32, 64, 1, 8, 2)
+    elif few:
+        cut = Cut(16, 128, 32, 4, 2)
+    else:
+        cut = Cut(64, 128, 2, 4, 4) if num_tokens < _MANY else Cut(64, 128, 1, 4, 3)
+    return _that_fits(cut, (cut.tokens + _tile(rank)) * dtype.itemsize, 0, device)
 
 
-def best_cut(num_tokens: int, size: int, rank: int, dtype: torch.dtype, device: torch.device, *, onward: bool) -> Cut:
-    """How the sum is cut, with or without the next correction; measured in the same way."""
-    few, roomy = num_tokens <= _FEW, _roomy(device)
-    if dtype == torch.float32:
-        channels = 64 if roomy or rank <= 128 else 32
-        parts = 16 if onward else triton.cdiv(size, channels)
-        return Cut(16, channels, parts, 4, 1) if few else Cut(32, channels, parts, 8, 1)
-    if few and onward:
-        return Cut(16, 128, 32, 4, 2) if rank <= 32 else Cut(8, 128 if rank <= 64 else 64, 64, 8, 2)
-    if few:
-        return Cut(16, 128, triton.cdiv(size, 128), 4, 1)
-    if rank > 64:
-        return Cut(64, 64, 4, 4, 2) if roomy else Cut(64, 32, 4, 4, 2 if rank <= 128 else 1)
-    if onward and not roomy:
-        return Cut(64, 64, 4, 4, 2)
-    if onward:
-        return Cut(64, 128, 2, 4, 3 if num_tokens < _MANY else 2)
-    return Cut(64, 64, 4, 4, 4) if num_tokens < _MANY else Cut(64, 128, 4, 4, 2)
+def best_cut(
+    num_tokens: int, size: int, ranks: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+) -> Cut:
+    """How the sum is cut, measured in the same way. `ranks` are those of V and of the next U, 0 if there is none;
+    `dtypes` are those of x and y.
+    """
+    few, onward = num_tokens <= _FEW, ranks[1] > 0
+    tokens = 16 if few else 32 if dtypes[1] == torch.float32 else 64
+    if dtypes[1] == torch.float32:
+        cut = Cut(tokens, 64, 16 if onward else triton.cdiv(size, 64), 4 if few else 8, 1)
+    elif few and onward:
+        cut = Cut(tokens, 128, 32, 4, 2) if max(ranks) <= 32 else Cut(tokens // 2, 128, 64, 8, 2)
+    elif few:
+        cut = Cut(tokens, 128, triton.cdiv(size, 128), 4, 1)
+    elif onward:
+        cut = Cut(tokens, 128, 2, 4, 3 if num_tokens < _MANY else 2)
+    else:
+        cut = Cut(tokens, 64, 4, 4, 4) if num_tokens < _MANY else Cut(tokens, 128, 4, 4, 2)
+    x_bytes, y_bytes = (dtype.itemsize for dtype in dtypes)
+    loaded = tokens * (x_bytes + y_bytes) + _tile(ranks[0]) * x_bytes + (_tile(ranks[1]) * y_bytes if onward else 0)
+    return _that_fits(cut, loaded, tokens * y_bytes, device)
 
 
-def _roomy(device: torch.device) -> bool:
-    """Has a program as much shared memory as on an H100? On most other GPUs it has 99 KiB."""
-    return shared_memory(device) >= 200 * 1024
+def _that_fits(cut: Cut, loaded: int, once: int, device: torch.device) -> Cut:
+    """The cut with fewer tiles in flight, then fewer channels, until shared memory holds it: for each channel so many
+    bytes are `loaded` for every tile in flight, and others needed `once`.
+    """
+    while (loaded * cut.num_stages + once) * cut.channels + _BESIDE > shared_memory(device) and cut.channels > 16:
+        cut = (
+            cut._replace(num_stages=cut.num_stages - 1)
+            if cut.num_stages > 1
+            else cut._replace(channels=cut.channels // 2)
+        )
+    return cut
