@@ -94,7 +94,6 @@ def evaluate(
     tasks: Tasks = None,
     task_data: TaskData = None,
     limit: Annotated[int | None, typer.Option(help="Items of each task; all if not given.")] = None,
-    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure perplexity: the text tokenized once, windows that don't overlap, mean over the predicted tokens.
@@ -109,7 +108,6 @@ def evaluate(
         tasks=names_in(tasks) or (),
         task_data=task_data,
         limit=limit,
-        device=device,
         progress=for_terminal(),
     )
     if as_json:
