@@ -419,9 +419,7 @@ def test_a_run_from_end_to_end(run: Callable[..., Result], model: Path, text: Pa
     assert "original" in made.out
     assert not [name for name in tree(output) if name.endswith((".part", ".lock")) or name.startswith("state")]
 
-    measured = run(
-        "evaluate", output, "--text", text, "--seq-len", 64, "--max-tokens", 640, "--device", "cpu", "--json"
-    )
+    measured = run("evaluate", output, "--text", text, "--seq-len", 64, "--max-tokens", 640, "--json")
     assert measured.code == 0, measured.err
     assert json.loads(measured.out)["perplexity"] > 1
 
