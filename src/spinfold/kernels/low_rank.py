@@ -240,9 +240,8 @@ def _that_fits(cut: Cut, loaded: int, once: int, device: torch.device) -> Cut:
     bytes are `loaded` for every tile in flight, and others needed `once`.
     """
     while (loaded * cut.num_stages + once) * cut.channels + _BESIDE > shared_memory(device) and cut.channels > 16:
-        cut = (
-            cut._replace(num_stages=cut.num_stages - 1)
-            if cut.num_stages > 1
-            else cut._replace(channels=cut.channels // 2)
-        )
+        if cut.num_stages > 1:
+            cut = cut._replace(num_stages=cut.num_stages - 1)
+        else:
+            cut = cut._replace(channels=cut.channels // 2)
     return cut
