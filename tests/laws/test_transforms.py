@@ -175,6 +175,40 @@ def test_warps_that_share_a_tile(cut, name, monkeypatch):
 
 
 @direct
+@pytest.mark.parametrize("name", [None, "INT4", "MXFP4", "NVFP4"])
+@pytest.mark.parametrize("dtype", [NARROW, torch.float32])
+@pytest.mark.parametrize("size", [1536] if INTERPRETED else [1536, 11008, 18944])
+def test_a_matrix_in_bits_is_the_same_matrix(size, dtype, name, monkeypatch):
+    """Bit for bit, with rows and columns beyond the matrix, for one program and for many."""
+    from spinfold.kernels import hadamard as kernels
+
+    if size == 18944 and dtype == torch.float32:
+        pytest.skip("two pieces of such a row do not fit into shared memory")
+    map, x = Hadamard(size, seed=4), uneven(5, size).to(dtype)
+    cut = kernels.Tiling(32 if size == 1536 else 64 if size == 11008 else 128, 1, 64, 4, 1, 1)
+    options = {} if name is None else {"grid": numbers(FORMATS[name]), "packed": True}
+    for few in (0, 64):
+        monkeypatch.setattr(kernels, "FEW", few)
+        numbers_of_16_bits = map.by_kernel(x, tiling=cut, **options)
+        bits = map.by_kernel(x, tiling=cut._replace(bits=True), **options)
+        for one, other in zip(*((y,) if name is None else y for y in (numbers_of_16_bits, bits)), strict=True):
+            assert one is other is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("depths", [(16,), (128, 32, 16)])
+def test_signs_are_where_the_kernel_looks_for_them(depths):
+    from spinfold.kernels.signs import packed_signs
+
+    x_RD = random(32, sum(depths)).sign()
+    words_RC4 = packed_signs(x_RD, depths).unflatten(1, (-1, 4))
+    for block, x_Rd in enumerate(x_RD.split(list(depths), dim=1)):
+        for column in range(x_Rd.shape[1]):
+            p, t, e = column // 8, column % 8 // 2, column % 2
+            negative_R = words_RC4[:, block, t] >> (15 + 16 * e - p) & 1
+            assert torch.equal(1 - 2 * negative_R, x_Rd[:, column].to(negative_R.dtype))
+
+
+@direct
 @pytest.mark.parametrize("name", [None, "MXFP4"])
 def test_few_rows_are_shared_out_among_programs(name, monkeypatch):
     from spinfold.kernels import hadamard as kernels

@@ -31,6 +31,7 @@ __all__ = [
     "IntGrid",
     "extremes",
     "float_grid",
+    "in_hardware",
     "near_largest",
     "one",
     "outer_of",
@@ -194,14 +195,14 @@ def to_cache(ptr, row, num_rows, STRIDE: tl.constexpr, N: tl.constexpr):
 
 
 @triton.constexpr_function
-def _in_hardware():
+def in_hardware():
     return not _INTERPRETED and cuda_capability_geq(8, 9)
 
 
 @triton.jit
 def _saturated(x, factor, offset):
     """x · factor + offset, no less than 0 and no more than 1."""
-    if not _in_hardware():
+    if not in_hardware():
         y = tl.minimum(tl.maximum(x * factor + offset, 0.0), 1.0)
     else:
         y = tl.inline_asm_elementwise(
@@ -213,7 +214,7 @@ def _saturated(x, factor, offset):
 @triton.jit
 def _last_bytes(x):
     """The last byte of each number, an int32."""
-    if not _in_hardware():
+    if not in_hardware():
         y = x.to(tl.uint8)
     else:
         y = tl.inline_asm_elementwise(_LAST_BYTES, "=r,r,r,r,r", [x], dtype=tl.uint8, is_pure=True, pack=4)
@@ -223,7 +224,7 @@ def _last_bytes(x):
 @triton.jit
 def _fp8_code(x, MANTISSA_BITS: tl.constexpr):
     """The codes of the FP8 numbers nearest to x, which saturate; ties to even, NaN stays NaN."""
-    if not _in_hardware():
+    if not in_hardware():
         largest: tl.constexpr = 448.0 if MANTISSA_BITS == 3 else 57344.0
         bits = _nearest(x, MANTISSA_BITS, 6 if MANTISSA_BITS == 3 else 14, largest)
         code = (bits >> (23 - MANTISSA_BITS)) & 0x7F | (bits >> 24) & 0x80
@@ -236,7 +237,7 @@ def _fp8_code(x, MANTISSA_BITS: tl.constexpr):
 @triton.jit
 def _fp8_number(code, MANTISSA_BITS: tl.constexpr):
     """The FP8 numbers that have these codes, none of them negative."""
-    if not _in_hardware():
+    if not in_hardware():
         depth: tl.constexpr = 6 if MANTISSA_BITS == 3 else 14
         x = (code.to(tl.int32) << (23 - MANTISSA_BITS)).to(tl.float32, bitcast=True) * 2.0 ** (126 - depth)
         x = tl.where(code == 0x7F, float("nan"), x)
@@ -252,7 +253,7 @@ def _two_integers_to_a_byte(first, second):
 
     Up to 16 · 2^-9, FP8 E4M3 numbers are as far apart as 2^-9, so their codes are the number of these steps.
     """
-    if not _in_hardware():
+    if not in_hardware():
         codes = _fp8_code(first, 3) | _fp8_code(second, 3) << 4
     else:
         codes = tl.inline_asm_elementwise(
@@ -264,7 +265,7 @@ def _two_integers_to_a_byte(first, second):
 @triton.jit
 def _two_fp4_to_a_byte(first, second):
     """Bytes of two codes each, the first in the low half: of the FP4 numbers nearest to `first` and `second` · 2^14."""
-    if not _in_hardware():
+    if not in_hardware():
         low = _nearest(first * 2.0**14, 1, 0, 6.0)
         high = _nearest(second * 2.0**14, 1, 0, 6.0)
         codes = (low >> 22 & 7 | low >> 28 & 8 | (high >> 18 & 0x70 | high >> 24 & 0x80)).to(tl.uint8)
@@ -278,7 +279,7 @@ def _two_fp4_to_a_byte(first, second):
 @triton.jit
 def _fp4_element(x):
     """The FP4 numbers nearest to x · 2^14, times 2^-14."""
-    if not _in_hardware():
+    if not in_hardware():
         y = _nearest(x * 2.0**14, 1, 0, 6.0).to(tl.float32, bitcast=True) * 2.0**112
     else:
         y = tl.inline_asm_elementwise(_FP4_ELEMENTS, "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2)

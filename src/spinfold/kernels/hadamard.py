@@ -23,6 +23,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -42,9 +43,21 @@ from spinfold.kernels.grids import (
     store,
     to_cache,
 )
+from spinfold.kernels.signs import from_words, load_words, packed_signs
 from spinfold.kernels.threads import in_order, interleaved, neighbours, of_a_thread, stores, swapped, swapped_rows
 
-__all__ = ["AHEAD", "MEASURED", "MEASURED_FEW", "MEASURED_WHOLE", "Tiling", "best_tiling", "hadamard", "tilings"]
+__all__ = [
+    "AHEAD",
+    "MEASURED",
+    "MEASURED_FEW",
+    "MEASURED_WHOLE",
+    "Tiling",
+    "best_tiling",
+    "hadamard",
+    "stored_left",
+    "stored_right",
+    "tilings",
+]
 
 
 _MEMORY = 227 * 1024
@@ -54,8 +67,9 @@ _MEMORY = 227 * 1024
 class Tiling(NamedTuple):
     """How the work is cut: b, parts of the columns in the right product (1, or 2 if b is a power of two), rows of a
     tile of the result, warps of a program, rows in flight, programs per SM, registers of a thread at most: fewer let
-    more programs run on an SM at once; and whether the left product takes both parts at once, which saves instructions
-    and costs registers.
+    more programs run on an SM at once; whether the left product takes both parts at once, which saves instructions
+    and costs registers; and whether H_aᵀ is bits in registers (`kernels.signs`), which costs instructions and leaves
+    shared memory to more programs.
     """
 
     columns: int
@@ -66,6 +80,7 @@ class Tiling(NamedTuple):
     programs: int
     registers: int = 255
     at_once: bool = False
+    bits: bool = False
 
 
 @triton.jit
@@ -92,17 +107,22 @@ def _largest(x):
 
 
 @triton.jit
-def _left_product(lefts, xs, up, COUNT: tl.constexpr, SPLIT: tl.constexpr):
+def _left_product(
+    lefts, turn, xs, up, ROWS: tl.constexpr, COUNT: tl.constexpr, SPLIT: tl.constexpr, IN_BITS: tl.constexpr
+):
     """Some rows of H_aᵀ X in fp32; an fp32 X times `up` as two numbers of 16 bits."""
-    y_RC = tl.zeros((lefts[0].shape[0], xs[0].shape[1]), tl.float32)
+    y_RC = tl.zeros((ROWS, xs[0].shape[1]), tl.float32)
     for i in tl.static_range(COUNT):
         x_DC = xs[i]
+        left_RD = lefts[i]
+        if IN_BITS:
+            left_RD = from_words(left_RD, turn, x_DC.shape[0], tl.float16 if SPLIT else x_DC.dtype)
         if SPLIT:
             x_DC = x_DC * up
             high_DC = x_DC.to(tl.float16)
-            y_RC = tl.dot(lefts[i], (x_DC - high_DC.to(tl.float32)).to(tl.float16), y_RC)
+            y_RC = tl.dot(left_RD, (x_DC - high_DC.to(tl.float32)).to(tl.float16), y_RC)
             x_DC = high_DC
-        y_RC = tl.dot(lefts[i], x_DC, y_RC)
+        y_RC = tl.dot(left_RD, x_DC, y_RC)
     return y_RC
 
 
@@ -124,14 +144,17 @@ def _halves(x_RC):
 
 
 @triton.jit
-def _rows_of_result(lefts, xs, right, up, factor, COUNT: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr):
+def _rows_of_result(
+    lefts, turn, xs, right, up, factor,
+    ROWS: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr, IN_BITS: tl.constexpr,
+):  # fmt: skip
     """Some rows of H_aᵀ X H_b, in one part or in halves of the columns: then H_b is H_2 ⊗ `right`. And what each row is
     to be multiplied by.
     """
     ys = ()
     sums = ()
     for j in tl.static_range(len(xs)):
-        y_RC = _left_product(lefts, xs[j], up, COUNT, SPLIT)
+        y_RC = _left_product(lefts, turn, xs[j], up, ROWS, COUNT, SPLIT, IN_BITS)
         ys = ys + (y_RC,)
         sums = sums + (tl.sum(tl.abs(y_RC), axis=1),)
     # A row's sum of absolute values is little more than its largest one for a floating-point number, and cheaper.
@@ -176,12 +199,13 @@ def _hadamard(
     A: tl.constexpr, B: tl.constexpr, DS: tl.constexpr, RS: tl.constexpr, TILE_B: tl.constexpr, PARTS: tl.constexpr,
     XS: tl.constexpr, SHARED: tl.constexpr, TILE_G: tl.constexpr, grid: tl.constexpr, PACKED: tl.constexpr,
     SIGNS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+    IN_BITS: tl.constexpr,
 ):  # fmt: skip
     COUNT: tl.constexpr = len(DS)
     C: tl.constexpr = TILE_B // PARTS
     N: tl.constexpr = A * B
     begin = tl.program_id(1) * RS[0] if SHARED else 0
-    left_ptr += begin * _before(DS, COUNT)
+    left_ptr += begin * (4 * COUNT if IN_BITS else _before(DS, COUNT))
     BITS: tl.constexpr = grid.bits if PACKED else y_ptr.dtype.element_ty.primitive_bitwidth
     RUN: tl.constexpr = neighbours(C, 8 if PACKED else 16)
     STORES: tl.constexpr = stores(C, RUN, BITS) if C <= 64 else 1
@@ -190,8 +214,12 @@ def _hadamard(
     for r in tl.static_range(len(RS)):
         blocks = ()
         for d in tl.static_range(COUNT):
-            block = _block(left_ptr, _before(RS, r), _before(DS, d), RS[r], DS[d], _before(DS, COUNT))
-            blocks = blocks + (swapped_rows(block, 2, interleaved(RS[r], WARPS, RUN, BITS)),)
+            if IN_BITS:
+                block = load_words(left_ptr, _before(RS, r), d, RS[r], 4 * COUNT, interleaved(RS[r], WARPS, RUN, BITS))
+            else:
+                block = _block(left_ptr, _before(RS, r), _before(DS, d), RS[r], DS[d], _before(DS, COUNT))
+                block = swapped_rows(block, 2, interleaved(RS[r], WARPS, RUN, BITS))
+            blocks = blocks + (block,)
         lefts = lefts + (blocks,)
     clip = tl.load(clip_ptr)
     for row in tl.range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0), num_stages=STAGES):
@@ -221,7 +249,7 @@ def _hadamard(
         unscales = ()
         for r in tl.static_range(len(RS)):
             first = begin + _before(RS, r)
-            ws, unscale_R = _rows_of_result(lefts[r], xs, right_CC, up, down, COUNT, PARTS, SPLIT)
+            ws, unscale_R = _rows_of_result(lefts[r], row, xs, right_CC, up, down, RS[r], COUNT, PARTS, SPLIT, IN_BITS)
             if grid is None or TILE_G:
                 for j in tl.static_range(PARTS):
                     z_RC = in_order(ws[j] * unscale_R[:, None], RUN, interleaved(RS[r], WARPS, RUN, BITS))
@@ -277,9 +305,9 @@ def hadamard(
 ) -> Tensor | Codes:
     """Each row of `x (..., N)`, N a multiple of `size`, through a Hadamard map of that size and onto a grid.
 
-    `left` is H_aᵀ in the dtype of an x of 16 bits, else in fp16, `right` H_b in fp16, with zeros up to the tiles of
-    `tiling` (`padded`). `signs`, int8, come before the product or after it. Without a `grid`, the rotated x; with one,
-    the numbers on it in x's dtype or, `packed`, their codes. `clip` is an fp32 number on the device; None stands for 1.
+    `left` is `stored_left` of H_aᵀ in the dtype of an x of 16 bits, else in fp16, `right` `stored_right` of H_b in
+    fp16. `signs`, int8, come before the product or after it. Without a `grid`, the rotated x; with one, the numbers on
+    it in x's dtype or, `packed`, their codes. `clip` is an fp32 number on the device; None stands for 1.
 
     Where rows are few and their tiles need nothing of each other, each tile has a program to itself.
     """
@@ -291,7 +319,7 @@ def hadamard(
     shared = num_rows <= FEW and (grid is None or (grid.width > 0 and not grid.by_row and not lines))
     if shared:
         tiling = tiling._replace(parts=1, rows=16, num_warps=4)
-    columns, parts, rows, num_warps, num_stages, programs, registers, at_once = tiling
+    columns, parts, rows, num_warps, num_stages, programs, registers, at_once, bits = tiling
     heights = _heights(height, rows)
     assert grid is None or x.shape[-1] == size
     y, codes, scale, second = room_for(x, grid, packed)
@@ -308,7 +336,7 @@ def hadamard(
             1 if at_once else parts, shared,
             lines, grid, packed,
             "none" if signs is None else "after" if signs_after else "before",
-            x.dtype == torch.float32, stages, num_warps, ahead,
+            x.dtype == torch.float32, stages, num_warps, ahead, bits,
             num_warps=num_warps,
             enable_fp_fusion=False, **({} if registers == 255 else {"maxnreg": registers}),
         )  # fmt: skip
@@ -335,10 +363,32 @@ def _heights(height: int, rows: int) -> tuple[int, ...]:
     return (rows,) * whole + (last,) * (rest > 0)
 
 
-def padded(tiling: Tiling, size: int) -> tuple[int, int, int]:
+def _padded(tiling: Tiling, size: int) -> tuple[int, int, int]:
     """Rows and columns of H_aᵀ as it is stored, and rows of H_b."""
     height = size // tiling.columns
-    return (sum(_heights(height, tiling.rows)), sum(_depths(height)), max(16, triton.next_power_of_2(tiling.columns)))
+    return sum(_heights(height, tiling.rows)), sum(_depths(height)), _width(tiling.columns)
+
+
+def _width(columns: int) -> int:
+    return max(16, triton.next_power_of_2(columns))
+
+
+def stored_left(left_AA: Tensor, tiling: Tiling) -> Tensor:
+    """H_aᵀ with zeros up to the tiles' rows and columns; in bits, with its first row again up to the tiles' rows: what
+    comes of that is not stored, and no further from zero than what comes of the first one.
+    """
+    height = len(left_AA)
+    depths = _depths(height)
+    below, beside = sum(_heights(height, tiling.rows)) - height, sum(depths) - height
+    if not tiling.bits:
+        return F.pad(left_AA, (0, beside, 0, below)).contiguous()
+    return packed_signs(F.pad(torch.cat([left_AA, left_AA[:1].expand(below, -1)]), (0, beside)), depths)
+
+
+def stored_right(right_BB: Tensor) -> Tensor:
+    """H_b with zeros up to a tile's columns."""
+    beyond = _width(len(right_BB)) - len(right_BB)
+    return F.pad(right_BB, (0, beyond, 0, beyond)).contiguous()
 
 
 def best_tiling(
@@ -369,9 +419,10 @@ def _within(memory: int, tiling: Tiling, size: int, num_bytes: int) -> Tiling | 
     """The tiling with as many rows in flight as shared memory holds beside both matrices, an fp32 row's two pieces, and
     room to reorder a tile of the result. An fp32 row may take all registers, which were counted for 16 bits.
     """
-    height, depth, columns = padded(tiling, size)
+    height, depth, columns = _padded(tiling, size)
     part = columns // tiling.parts
-    beside = 2 * (height * depth + part**2) + num_bytes * part * tiling.rows + 4 * depth * columns * (num_bytes == 4)
+    matrices = 2 * (part**2 + (0 if tiling.bits else height * depth))
+    beside = matrices + num_bytes * part * tiling.rows + 4 * depth * columns * (num_bytes == 4)
     num_stages = min(tiling.num_stages, (memory - beside) // (num_bytes * columns * depth))
     registers = 255 if num_bytes == 4 else tiling.registers
     return tiling._replace(num_stages=num_stages, registers=registers) if num_stages > 0 else None
@@ -382,17 +433,26 @@ def tilings(orders: tuple[int, ...]) -> list[Tiling]:
     size = math.prod(orders)
     cuts = sorted(_cuts(orders), key=lambda columns: _work(_usual(columns, size), size))[:2]
     found = [
-        _within(_MEMORY, Tiling(columns, parts, rows, num_warps, num_stages, programs, 255, at_once), size, 2)
+        _within(_MEMORY, Tiling(columns, parts, rows, num_warps, num_stages, programs, 255, at_once, bits), size, 2)
         for columns in cuts
         for parts, at_once in (((1, False), (2, False), (2, True)) if columns == 128 else ((1, False),))
         for rows in (16, 32, 64, 128)
         for num_warps in {rows // 16, 4}
         for num_stages in (1, 2)
         for programs in (1, 2, 3, 4, 6, 8, 12, 16)
-        if rows < max(32, 2 * size // columns) and programs * num_warps <= 32
+        for bits in (False, True)
+        if rows < max(32, 2 * size // columns)
+        and programs * num_warps <= 32
+        and (not bits or (rows >= 64 and _larger_than_a_row(columns, size)))
     ]
     found += [_within(_MEMORY, table[size], size, 2) for table in (MEASURED, MEASURED_WHOLE) if size in table]
     return sorted({tiling for tiling in found if tiling is not None})
+
+
+def _larger_than_a_row(columns: int, size: int) -> bool:
+    """Is H_a, so that as bits it would leave room for other rows? Words of 32 bits are for blocks of 128 columns."""
+    height = size // columns
+    return height > columns and _depths(height)[0] <= 128
 
 
 def _cuts(orders: tuple[int, ...]) -> list[int]:
@@ -413,7 +473,7 @@ def _usual(columns: int, size: int) -> Tiling:
 
 def _work(tiling: Tiling, size: int) -> float:
     """A measure of what a row costs: multiplications, and numbers that are moved."""
-    height, depth, columns = padded(tiling, size)
+    height, depth, columns = _padded(tiling, size)
     return height * columns * (depth + columns + 300)
 
 

@@ -16,7 +16,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from spinfold.errors import Verdict
 from spinfold.kernels import kernels_run_on
@@ -92,15 +91,14 @@ class Hadamard(Map):
         """`kernels.hadamard.hadamard` of x, with its options; for short rows `kernels.heads.rotate_heads`."""
         if self.size in SHORT:
             return self._by_dense_kernel(x, **options)
-        from spinfold.kernels.hadamard import hadamard, padded
+        from spinfold.kernels.hadamard import hadamard
 
         grid = options.get("grid")
         width, whole = (grid.width, grid.width == 0 or grid.by_row) if grid else (0, False)
         tiling = options.pop("tiling", None) or _tiling(self.orders, x, width, whole)
         assert tiling is not None
         dtype = torch.float16 if x.dtype == torch.float32 else x.dtype
-        sizes = padded(tiling, self.block_size)
-        left, right = _two_factors(self.orders, tiling.columns, sizes, x.device, dtype, self.transposed)
+        left, right = _two_factors(self.orders, tiling, x.device, dtype, self.transposed)
         signs = None if self.signs_N is None else self.signs_N.to(x.device)
         return hadamard(x, left, right, tiling, self.block_size, signs=signs, signs_after=self.transposed, **options)
 
@@ -220,32 +218,26 @@ def _tiling(orders: tuple[int, ...], x: Tensor, width: int = 0, whole: bool = Fa
 
 @lru_cache(maxsize=64)
 def _two_factors(
-    orders: tuple[int, ...],
-    columns: int,
-    sizes: tuple[int, int, int],
-    device: torch.device,
-    dtype: torch.dtype,
-    transposed: bool,
+    orders: tuple[int, ...], tiling: Any, device: torch.device, dtype: torch.dtype, transposed: bool
 ) -> tuple[Tensor, Tensor]:
-    """H_aᵀ in `dtype` and H_b in fp16 with H_{k_1} ⊗ … = H_a ⊗ H_b, b = `columns`; with zeros up to `sizes`, the rows
-    and columns of H_aᵀ and the rows of H_b. With `transposed`, those of the transpose.
-    """
+    """H_aᵀ and H_b with H_{k_1} ⊗ … = H_a ⊗ H_b as the kernel takes them; those of the transpose if `transposed`."""
+    from spinfold.kernels.hadamard import stored_left, stored_right
+
     left, right = np.ones((1, 1), np.int8), np.ones((1, 1), np.int8)
     for order in reversed(orders):
         while order > 1:
             # Sylvester's matrices are made of H_2, so a cut may go through them.
             factor = 2 if order & (order - 1) == 0 else order
-            if len(right) < columns:
+            if len(right) < tiling.columns:
                 right = np.kron(hadamard_matrix(factor), right)
             else:
                 left = np.kron(hadamard_matrix(factor), left)
             order //= factor
     left, right = (left, right.T) if transposed else (left.T, right)
-    height, depth, width = sizes
     with torch.inference_mode(False):
-        return tuple(  # type: ignore[return-value]
-            F.pad(torch.tensor(m), (0, across - m.shape[1], 0, down - m.shape[0])).to(device, kind).contiguous()
-            for m, down, across, kind in ((left, height, depth, dtype), (right, width, width, torch.float16))
+        return (
+            stored_left(torch.tensor(left, dtype=dtype), tiling).to(device),
+            stored_right(torch.tensor(right, dtype=torch.float16)).to(device),
         )
 
 
