@@ -1,9 +1,9 @@
 """A matrix of ±1 as bits, which each thread makes the numbers of that it hands to the tensor cores.
 
-In shared memory 192 × 176 numbers of 16 bits take 66 KiB, and an SM holds two programs; as bits they take 4 KiB, in
-registers, and two instructions for two numbers. The tensor cores want of thread 4 j + t of a warp the columns 8 p + 2 t
-and the next one of rows j and j + 8. So a word has the signs of one row and one t, for all p of up to 128 columns:
-that of column 8 p + 2 t + e is bit 15 + 16 e - p.
+In shared memory 192 × 176 numbers of 16 bits take 66 KiB, and an SM holds two programs; as words of bits they take 9,
+in registers, and two instructions for two numbers. The tensor cores want of thread 4 j + t of a warp the columns
+8 p + 2 t and the next one of rows j and j + 8. So a word has the signs of one row and one t, for all p of up to 128
+columns: that of column 8 p + 2 t + e is bit 15 + 16 e - p.
 
 Shapes: R rows, D columns of a block, of which there are several with 4 words for each row.
 """
