@@ -37,14 +37,14 @@ def packed_signs(x_RD: Tensor, depths: tuple[int, ...]) -> Tensor:
 def load_words(
     ptr, ROW: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WARPS: tl.constexpr
 ):
-    """The words of a tile's rows 16 i + j and of its rows 16 i + j + 8, each `(4, 8, R / 16, 1, 1, 1)`, of a block of
+    """The words of a tile's rows 16 i + j and of its rows 16 i + j + 8, each `(4, 8, R / 16)`, of a block of
     columns; SIZE words are those of a row. Rows are `threads.swapped_rows(…, 2, WARPS)`.
 
     In this order of axes each thread loads what it needs itself.
     """
-    t = tl.arange(0, 4)[:, None, None, None, None, None]
-    j = tl.arange(0, 8)[None, :, None, None, None, None]
-    i = tl.arange(0, ROWS // 16)[None, None, :, None, None, None]
+    t = tl.arange(0, 4)[:, None, None]
+    j = tl.arange(0, 8)[None, :, None]
+    i = tl.arange(0, ROWS // 16)[None, None, :]
     row = ROW + i // WARPS * (16 * WARPS) + i % WARPS * 8 + j
     place = ptr + row * SIZE + 4 * BLOCK + t
     return tl.load(place), tl.load(place + 8 * WARPS * SIZE)
@@ -54,23 +54,24 @@ def load_words(
 def from_words(words, turn, D: tl.constexpr, dtype: tl.constexpr):
     """A matrix `(R, D)` of ±1 in a dtype of 16 bits. `turn` is the number of a loop's turn, and its highest bits are 0:
     without them the compiler would make the matrix once, before the loop, and put it in shared memory.
+
+    The two numbers of a register are neighbours, e = 0 and 1, of one word and one p. Their signs come to bits 15 and
+    31; the rest is that of two ones.
     """
     STRIPS: tl.constexpr = words[0].shape[2]
     P: tl.constexpr = D // 8
-    e = tl.arange(0, 2)[None, None, None, :, None, None]
-    half = tl.arange(0, 2)[None, None, None, None, :, None]
-    p = tl.broadcast_to(tl.arange(0, P)[None, None, None, None, None, :], (4, 8, STRIPS, 2, 2, P))
-    word = tl.where(half == 0, tl.broadcast_to(words[0], p.shape), tl.broadcast_to(words[1], p.shape))
     ONE: tl.constexpr = 0x3F80 if dtype == tl.bfloat16 else 0x3C00
+    word = tl.join(words[0], words[1])[:, :, :, :, None]
+    p = tl.arange(0, P)[None, None, None, None, :]
     if in_hardware():
-        # The two numbers of a register are neighbours, e = 0 and 1, of one word, $1, and one p, $3. Their signs come to
-        # bits 15 and 31; the rest is that of two ones.
-        one = tl.full(p.shape, ONE << 16 | ONE, tl.int32)
-        x = tl.inline_asm_elementwise(
-            "{ .reg .b32 moved; shl.b32 moved, $1, $3; lop3.b32 $0, moved, 0x80008000, $5, 0xEA; }",
-            "=r,r,r,r,r,r,r", [word ^ (turn >> 62).to(tl.int32), p, one], dtype=tl.int16, is_pure=True, pack=2,
+        # Two instructions that stay where they are; the compiler would take a part of them out of the loop again.
+        ones = tl.full((1, 1, 1, 1, 1), ONE << 16 | ONE, tl.int32)
+        two = tl.inline_asm_elementwise(
+            "{ .reg .b32 %s; shl.b32 %s, $1, $2; lop3.b32 $0, %s, 0x80008000, $3, 0xEA; }",
+            "=r,r,r,r", [word ^ (turn >> 62).to(tl.int32), p, ones], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        x = ((word >> (15 + 16 * e - p) & 1) << 15 | ONE).to(tl.int16)
-    x_RD = tl.reshape(tl.permute(x, (2, 4, 1, 5, 0, 3)), (16 * STRIPS, D))
+        two = word << p & -0x7FFF8000 | (ONE << 16 | ONE)
+    x = tl.join(two.to(tl.int16), (two >> 16).to(tl.int16))
+    x_RD = tl.reshape(tl.permute(x, (2, 3, 1, 4, 0, 5)), (16 * STRIPS, D))
     return x_RD.to(dtype, bitcast=True)
