@@ -10,8 +10,8 @@ fast-hadamard-transform, `hadacore` of meta-pytorch/applied-ai's kernels/cuda/in
 Method: a CUDA graph of many launches is replayed five times, the median counts, divided by the launches. From 4096
 tokens on, inputs and outputs rotate among buffers that together exceed the L2 cache three times; below, they stay in
 it, as they do behind the layer that wrote them. Copies, elementwise kernels, products and peers are timed in the
-same way. Every way to cut the work (`kernels.hadamard.tilings`) is measured first, for the map alone and with INT4;
---as-measured takes the best ones of an earlier run instead, which the kernel has as tables.
+same way. Every way to cut the work (`kernels.tilings`) is measured first, with one format for each kind of result;
+--as-measured takes the best ones of an earlier run instead, which that file has as a table.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from clocks import DEVICE, ON_GPU, Work, clock, clock_copy, copies_of
 from torch import Tensor
 
 from spinfold.formats import FLOAT_FORMATS, Format, IntFormat
-from spinfold.kernels import hadamard as kernel
+from spinfold.kernels import tilings as kernel
 from spinfold.maps import Hadamard
 from spinfold.runtime import transforms
 
@@ -55,6 +55,16 @@ FORMATS: dict[str, tuple[Format | None, bool]] = {
     "NVFP4": (NVFP4, True),
 }
 """The format, and whether its codes are packed rather than turned into numbers again."""
+KINDS_OF_RESULT: dict[kernel.Kind, str] = {
+    "map": "map only",
+    "groups": "MXFP4 in bf16",
+    "rows": "INT4 in bf16",
+    "group codes": "MXFP4",
+    "row codes": "INT4",
+    "row bytes": "FP8",
+    "few": "INT4 in bf16",
+}
+"""The format that stands for others in the search."""
 DTYPE = torch.bfloat16 if ON_GPU else torch.float16
 BEGIN, END = "<!-- transforms -->", "<!-- /transforms -->"
 
@@ -176,31 +186,29 @@ class Run:
         if self.args.as_measured:
             return
         candidates = {size: kernel.tilings(Hadamard(size).orders) for size in self.args.sizes}
-        goals = {
-            "many": (8192 if ON_GPU else 4, "map only", kernel.MEASURED),
-            "whole": (8192 if ON_GPU else 4, "INT4 in bf16", kernel.MEASURED_WHOLE),
-            "few": (4, "INT4 in bf16", kernel.MEASURED_FEW),
-        }
+        many = 8192 if ON_GPU else 4
         cuts = sorted({(size, t._replace(programs=1)) for size, ts in candidates.items() for t in ts})
-        kinds = ((400, "map only"), (400, "INT4 in bf16"), (4, "INT4 in bf16"))
-        self.compile(((transform, (n, size, name, t)) for size, t in cuts for n, name in kinds), reserve=100)()
+        jobs = (
+            (4 if kind == "few" else 400, size, name, t) for size, t in cuts for kind, name in KINDS_OF_RESULT.items()
+        )
+        self.compile(((transform, job) for job in jobs), reserve=100)()
         for size, tilings in candidates.items():
             if self.late(80):
                 break
-            for key, (num_tokens, name, table) in goals.items():
+            for kind, name in KINDS_OF_RESULT.items():
                 found = []
-                inputs = inputs_of(num_tokens, size)
-                for tiling in tilings if key != "few" else {t._replace(num_stages=1, programs=1) for t in tilings}:
+                inputs = inputs_of(4 if kind == "few" else many, size)
+                for tiling in tilings if kind != "few" else {t._replace(num_stages=1, programs=1) for t in tilings}:
                     try:
                         us = clock(transform(size, name, tiling), inputs, quick=True)
                         found.append((us, *tiling))
                     except Exception as error:
                         self.note(f"tiling {size} {tuple(tiling)}", repr(error)[:200])
                 found.sort()
-                self.results["tuning"].setdefault(str(size), {})[key] = found[:8]
+                self.results["tuning"].setdefault(str(size), {})[kind] = found[:8]
                 if found:
-                    table[size] = kernel.Tiling(*found[0][1:])
-                    print(f"{size} {key}: " + ", ".join(f"{us:.2f} {t}" for us, *t in found[:3]), flush=True)
+                    kernel.MEASURED.setdefault(size, {})[kind] = kernel.Tiling(*found[0][1:])
+                    print(f"{size} {kind}: " + ", ".join(f"{us:.2f} {t}" for us, *t in found[:3]), flush=True)
             self.save()
 
     def measure(self) -> None:
@@ -397,10 +405,9 @@ def transform(size: int, name: str, tiling: Any = None) -> Work:
 
 def tiling_of(size: int, name: str, num_tokens: int) -> Any:
     """The best tiling known in this process."""
-    fmt, _ = FORMATS[name]
-    width = (fmt and fmt.group_size) or 0
-    whole = fmt is not None and (width == 0 or transforms.numbers(fmt).by_row)  # type: ignore[attr-defined]
-    return kernel.best_tiling(Hadamard(size).orders, width, num_tokens, whole=whole)
+    fmt, packed = FORMATS[name]
+    kind = kernel.kind_of(fmt and transforms.numbers(fmt), packed)
+    return kernel.best_tiling(Hadamard(size).orders, (fmt and fmt.group_size) or 0, num_tokens, kind=kind)
 
 
 def compiled(job: tuple[Any, tuple[Any, ...]]) -> str:

@@ -52,6 +52,7 @@ CASES += [(64, torch.float16, name, 3) for name in ("MXFP4", "MXFP6", "E5M2 scal
 if not INTERPRETED:
     CASES += [(3072, torch.bfloat16, name, 3) for name in FORMATS]
     CASES += [(size, torch.bfloat16, name, 3) for size in (64, *SIZES) for name in ("INT4", "NVFP4")]
+    CASES += [(size, torch.bfloat16, name, 67) for size in SIZES[4:] for name in MANY]
 
 
 @elsewhere
@@ -142,14 +143,16 @@ def test_numbers_near_the_ends_of_fp32_keep_their_precision():
 
 
 @direct
-@pytest.mark.parametrize("size", [1536] if INTERPRETED else SIZES)
-def test_every_way_to_cut_the_work(size, monkeypatch):
-    from spinfold.kernels import hadamard as kernels
+@pytest.mark.parametrize("bits", [False, True])
+@pytest.mark.parametrize("size", [1536, 5120] if INTERPRETED else SIZES)
+def test_every_way_to_cut_the_work(size, bits, monkeypatch):
+    from spinfold.kernels import tilings as kernels
 
     monkeypatch.setattr(kernels, "FEW", 0)  # else few rows are shared out, which is another way
     map, x = Hadamard(size, seed=4), random(5, size).to(NARROW)
     expected = map.apply(x.double())
-    cuts = {tiling._replace(programs=1, num_stages=2, num_warps=8): tiling for tiling in kernels.tilings(map.orders)}
+    same = {"programs": 1, "num_stages": 2, "num_warps": 8, "ahead": False}
+    cuts = {cut._replace(**same): cut for cut in kernels.tilings(map.orders) if cut.bits == bits}
     for cut in cuts:
         tiling = cut if INTERPRETED else cuts[cut]
         assert (map.by_kernel(x, tiling=tiling) - expected).norm() < 3e-3 * expected.norm()
@@ -160,7 +163,7 @@ def test_every_way_to_cut_the_work(size, monkeypatch):
 @pytest.mark.parametrize("cut", [(64, 1, 64, 4, 1, 1), (128, 2, 32, 2, 1, 1), (64, 1, 128, 4, 1, 1)])
 def test_warps_that_share_a_tile(cut, name, monkeypatch):
     """What a row's numbers or codes are does not depend on which warp and thread has them."""
-    from spinfold.kernels import hadamard as kernels
+    from spinfold.kernels import tilings as kernels
 
     monkeypatch.setattr(kernels, "FEW", 0)
     map, x = Hadamard(8192), uneven(5, 8192).to(NARROW)
@@ -180,7 +183,7 @@ def test_warps_that_share_a_tile(cut, name, monkeypatch):
 @pytest.mark.parametrize("size", [1536] if INTERPRETED else [1536, 11008, 18944])
 def test_a_matrix_in_bits_is_the_same_matrix(size, dtype, name, monkeypatch):
     """Bit for bit, with rows and columns beyond the matrix, for one program and for many."""
-    from spinfold.kernels import hadamard as kernels
+    from spinfold.kernels import tilings as kernels
 
     if size == 18944 and dtype == torch.float32:
         pytest.skip("two pieces of such a row do not fit into shared memory")
@@ -211,7 +214,7 @@ def test_signs_are_where_the_kernel_looks_for_them(depths):
 @direct
 @pytest.mark.parametrize("name", [None, "MXFP4"])
 def test_few_rows_are_shared_out_among_programs(name, monkeypatch):
-    from spinfold.kernels import hadamard as kernels
+    from spinfold.kernels import tilings as kernels
 
     map, x = Hadamard(1536, seed=4), random(5, 1536)
     grid = None if name is None else numbers(FORMATS[name])

@@ -19,15 +19,13 @@ Shapes: T rows of N = A B numbers; a tile of D rows of X, of R rows of the resul
 # ruff: noqa: RUF005 (Triton's tuples grow by addition only)
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from spinfold.kernels import tilings
 from spinfold.kernels.grids import (
     Codes,
     Grid,
@@ -45,42 +43,9 @@ from spinfold.kernels.grids import (
 )
 from spinfold.kernels.signs import from_words, load_words, packed_signs
 from spinfold.kernels.threads import in_order, interleaved, neighbours, of_a_thread, stores, swapped, swapped_rows
+from spinfold.kernels.tilings import Tiling, depths_of, heights_of, padded
 
-__all__ = [
-    "AHEAD",
-    "MEASURED",
-    "MEASURED_FEW",
-    "MEASURED_WHOLE",
-    "Tiling",
-    "best_tiling",
-    "hadamard",
-    "stored_left",
-    "stored_right",
-    "tilings",
-]
-
-
-_MEMORY = 227 * 1024
-"""Bytes of shared memory that a program can have on an H100."""
-
-
-class Tiling(NamedTuple):
-    """How the work is cut: b, parts of the columns in the right product (1, or 2 if b is a power of two), rows of a
-    tile of the result, warps of a program, rows in flight, programs per SM, registers of a thread at most: fewer let
-    more programs run on an SM at once; whether the left product takes both parts at once, which saves instructions
-    and costs registers; and whether H_aᵀ is bits in registers (`kernels.signs`), which costs instructions and leaves
-    shared memory to more programs.
-    """
-
-    columns: int
-    parts: int
-    rows: int
-    num_warps: int
-    num_stages: int
-    programs: int
-    registers: int = 255
-    at_once: bool = False
-    bits: bool = False
+__all__ = ["hadamard", "stored_left", "stored_right"]
 
 
 @triton.jit
@@ -316,70 +281,40 @@ def hadamard(
     lines = 0
     if grid is not None and tiling.columns // tiling.parts % max(grid.width, 1):
         lines = triton.next_power_of_2(size // grid.width)
-    shared = num_rows <= FEW and (grid is None or (grid.width > 0 and not grid.by_row and not lines))
+    shared = num_rows <= tilings.FEW and (grid is None or (grid.width > 0 and not grid.by_row and not lines))
     if shared:
         tiling = tiling._replace(parts=1, rows=16, num_warps=4)
-    columns, parts, rows, num_warps, num_stages, programs, registers, at_once, bits = tiling
-    heights = _heights(height, rows)
+    columns, parts, rows, num_warps, num_stages, programs, registers, at_once, bits, rest, ahead = tiling
+    heights = heights_of(height, rows, rest)
     assert grid is None or x.shape[-1] == size
     y, codes, scale, second = room_for(x, grid, packed)
     clip = one(x.device) if clip is None else clip
     if num_rows:
         count = min(num_rows, programs * processors(x.device))
         stages = 1 if lines or count == num_rows else num_stages
-        result = "codes" if packed else "numbers" if grid else "map"
-        ahead = _ahead(size, result, stages) if count < num_rows and aligned(x) else 0
+        # A program that has no other row in flight would wait for the next one.
+        ahead = (ahead or stages == 1) and count < num_rows and aligned(x)
         _hadamard[(count, len(heights) if shared else 1)](
             x, y, codes, scale, second, x.new_empty(count * size, dtype=torch.float32) if lines else x,
             left, right, x if signs is None else signs, clip, num_rows, size**-0.5,
-            height, columns, _depths(height), heights[:1] if shared else heights, right.shape[0], parts,
+            height, columns, depths_of(height), heights[:1] if shared else heights, right.shape[0], parts,
             1 if at_once else parts, shared,
             lines, grid, packed,
             "none" if signs is None else "after" if signs_after else "before",
-            x.dtype == torch.float32, stages, num_warps, ahead, bits,
+            x.dtype == torch.float32, stages, num_warps, stages * ahead, bits,
             num_warps=num_warps,
             enable_fp_fusion=False, **({} if registers == 255 else {"maxnreg": registers}),
         )  # fmt: skip
     return Codes(codes, scale, None if second is x else second) if packed else y
 
 
-def _ahead(size: int, result: str, stages: int) -> int:
-    """How many turns ahead a program has a row brought to the L2 cache, if at all: where no row but its own is in
-    flight, and where it was measured to help.
-    """
-    return stages if stages == 1 or result in AHEAD.get(size, ()) else 0
-
-
-def _depths(height: int) -> tuple[int, ...]:
-    """Powers of two from 16 on that cover the rows of X."""
-    whole = -(-height // 16) * 16
-    return tuple(1 << bit for bit in reversed(range(4, whole.bit_length())) if whole >> bit & 1)
-
-
-def _heights(height: int, rows: int) -> tuple[int, ...]:
-    """Tiles of `rows` rows of the result, and one for the rest: of 16, or 64 as the tensor cores like them best."""
-    whole, rest = divmod(height, rows)
-    last = 16 if rest <= 16 else min(rows, 64) if rest <= 64 else rows
-    return (rows,) * whole + (last,) * (rest > 0)
-
-
-def _padded(tiling: Tiling, size: int) -> tuple[int, int, int]:
-    """Rows and columns of H_aᵀ as it is stored, and rows of H_b."""
-    height = size // tiling.columns
-    return sum(_heights(height, tiling.rows)), sum(_depths(height)), _width(tiling.columns)
-
-
-def _width(columns: int) -> int:
-    return max(16, triton.next_power_of_2(columns))
-
-
 def stored_left(left_AA: Tensor, tiling: Tiling) -> Tensor:
     """H_aᵀ with zeros up to the tiles' rows and columns; in bits, with its first row again up to the tiles' rows: what
     comes of that is not stored, and no further from zero than what comes of the first one.
     """
-    height = len(left_AA)
-    depths = _depths(height)
-    below, beside = sum(_heights(height, tiling.rows)) - height, sum(depths) - height
+    height, depths = len(left_AA), depths_of(len(left_AA))
+    rows, columns, _ = padded(tiling, height * tiling.columns)
+    below, beside = rows - height, columns - height
     if not tiling.bits:
         return F.pad(left_AA, (0, beside, 0, below)).contiguous()
     return packed_signs(F.pad(torch.cat([left_AA, left_AA[:1].expand(below, -1)]), (0, beside)), depths)
@@ -387,145 +322,5 @@ def stored_left(left_AA: Tensor, tiling: Tiling) -> Tensor:
 
 def stored_right(right_BB: Tensor) -> Tensor:
     """H_b with zeros up to a tile's columns."""
-    beyond = _width(len(right_BB)) - len(right_BB)
+    beyond = max(16, triton.next_power_of_2(len(right_BB))) - len(right_BB)
     return F.pad(right_BB, (0, beyond, 0, beyond)).contiguous()
-
-
-def best_tiling(
-    orders: tuple[int, ...],
-    width: int = 0,
-    num_rows: int = 1024,
-    num_bytes: int = 2,
-    memory: int = _MEMORY,
-    *,
-    whole: bool = False,
-) -> Tiling | None:
-    """How rows of a Hadamard map with factors of these `orders` are cut, for groups of `width` neighbours.
-
-    `num_bytes` is the size of a number, `memory` that of an SM's shared memory; `whole`: nothing is written before all
-    of a row is known. None if there is no way: then there is no kernel for these rows.
-    """
-    size = math.prod(orders)
-    measured = (MEASURED_FEW if num_rows <= FEW else MEASURED_WHOLE if whole else MEASURED).get(size)
-    found = [measured] if measured is not None else []
-    found += sorted((_usual(columns, size) for columns in _cuts(orders)), key=lambda tiling: _work(tiling, size))
-    if width & (width - 1):  # a tile divides into powers of two only
-        return None
-    found.sort(key=lambda tiling: width > 0 and tiling.columns // tiling.parts % width > 0)
-    return next(filter(None, (_within(memory, tiling, size, num_bytes) for tiling in found)), None)
-
-
-def _within(memory: int, tiling: Tiling, size: int, num_bytes: int) -> Tiling | None:
-    """The tiling with as many rows in flight as shared memory holds beside both matrices, an fp32 row's two pieces, and
-    room to reorder a tile of the result. An fp32 row may take all registers, which were counted for 16 bits.
-    """
-    height, depth, columns = _padded(tiling, size)
-    part = columns // tiling.parts
-    matrices = 2 * (part**2 + (0 if tiling.bits else height * depth))
-    beside = matrices + num_bytes * part * tiling.rows + 4 * depth * columns * (num_bytes == 4)
-    num_stages = min(tiling.num_stages, (memory - beside) // (num_bytes * columns * depth))
-    registers = 255 if num_bytes == 4 else tiling.registers
-    return tiling._replace(num_stages=num_stages, registers=registers) if num_stages > 0 else None
-
-
-def tilings(orders: tuple[int, ...]) -> list[Tiling]:
-    """All that are worth a measurement: the two cuts with least work, each in several ways, and those measured best."""
-    size = math.prod(orders)
-    cuts = sorted(_cuts(orders), key=lambda columns: _work(_usual(columns, size), size))[:2]
-    found = [
-        _within(_MEMORY, Tiling(columns, parts, rows, num_warps, num_stages, programs, 255, at_once, bits), size, 2)
-        for columns in cuts
-        for parts, at_once in (((1, False), (2, False), (2, True)) if columns == 128 else ((1, False),))
-        for rows in (16, 32, 64, 128)
-        for num_warps in {rows // 16, 4}
-        for num_stages in (1, 2)
-        for programs in (1, 2, 3, 4, 6, 8, 12, 16)
-        for bits in (False, True)
-        if rows < max(32, 2 * size // columns)
-        and programs * num_warps <= 32
-        and (not bits or (rows >= 64 and _larger_than_a_row(columns, size)))
-    ]
-    found += [_within(_MEMORY, table[size], size, 2) for table in (MEASURED, MEASURED_WHOLE) if size in table]
-    return sorted({tiling for tiling in found if tiling is not None})
-
-
-def _larger_than_a_row(columns: int, size: int) -> bool:
-    """Is H_a, so that as bits it would leave room for other rows? Words of 32 bits are for blocks of 128 columns."""
-    height = size // columns
-    return height > columns and _depths(height)[0] <= 128
-
-
-def _cuts(orders: tuple[int, ...]) -> list[int]:
-    """b for every way to see H_{k_1} ⊗ … as H_a ⊗ H_b: it is a product of the last factors.
-
-    Powers of two come apart into twos, which is what Sylvester's matrices are made of.
-    """
-    factors = [f for order in orders for f in ([2] * (order.bit_length() - 1) if order & (order - 1) == 0 else [order])]
-    cuts = (math.prod(factors[index:]) for index in range(len(factors) + 1))
-    return [columns for columns in cuts if 16 <= columns <= 128 and math.prod(orders) // columns <= 256]
-
-
-def _usual(columns: int, size: int) -> Tiling:
-    """A tiling with 16 rows for each warp, and as many programs as registers allow."""
-    rows = min(64, max(16, triton.next_power_of_2(size // columns)))
-    return Tiling(columns, 1, rows, rows // 16, 2, 192 // rows)
-
-
-def _work(tiling: Tiling, size: int) -> float:
-    """A measure of what a row costs: multiplications, and numbers that are moved."""
-    height, depth, columns = _padded(tiling, size)
-    return height * columns * (depth + columns + 300)
-
-
-FEW = 64
-"""Up to so many rows, the time of one counts rather than how many run at once."""
-
-MEASURED: dict[int, Tiling] = {
-    576: Tiling(48, 1, 16, 1, 2, 16),
-    1536: Tiling(32, 1, 16, 1, 2, 24),
-    3072: Tiling(64, 1, 16, 1, 2, 16),
-    4096: Tiling(64, 1, 64, 4, 2, 16),
-    5120: Tiling(64, 1, 64, 4, 2, 5, 96),
-    8192: Tiling(128, 2, 64, 4, 2, 16),
-    9728: Tiling(128, 2, 64, 4, 2, 3, 168),
-    11008: Tiling(64, 1, 64, 4, 1, 2),
-    14336: Tiling(128, 2, 128, 8, 2, 4, 128, True),
-    18944: Tiling(128, 2, 64, 4, 1, 2, 255, True),
-}
-MEASURED_WHOLE: dict[int, Tiling] = {
-    576: Tiling(48, 1, 16, 1, 2, 16),
-    1536: Tiling(32, 1, 32, 1, 2, 16, 104),
-    3072: Tiling(64, 1, 16, 1, 2, 16),
-    4096: Tiling(64, 1, 64, 4, 2, 16),
-    5120: Tiling(64, 1, 64, 4, 2, 5, 96),
-    8192: Tiling(128, 2, 64, 4, 2, 16),
-    9728: Tiling(128, 2, 64, 4, 2, 3, 168, True),
-    11008: Tiling(64, 1, 64, 4, 1, 2),
-    14336: Tiling(128, 2, 128, 8, 2, 2, 128, True),
-    18944: Tiling(128, 2, 64, 4, 1, 4, 255, True),
-}
-MEASURED_FEW: dict[int, Tiling] = {
-    576: Tiling(48, 1, 16, 4, 1, 1),
-    1536: Tiling(32, 1, 64, 4, 1, 1),
-    3072: Tiling(64, 1, 64, 4, 1, 1),
-    4096: Tiling(64, 1, 64, 4, 1, 1),
-    5120: Tiling(64, 1, 128, 8, 1, 1),
-    8192: Tiling(64, 1, 128, 8, 1, 1),
-    9728: Tiling(128, 2, 128, 8, 1, 1, 255, True),
-    11008: Tiling(64, 1, 64, 4, 1, 1),
-    14336: Tiling(128, 2, 128, 8, 1, 1, 255, True),
-    18944: Tiling(128, 2, 256, 8, 1, 1, 255, True),
-}
-"""The best of `tilings`, with fewer registers if that helps, on an H100, by size (`benchmarks/transforms.py`); WHOLE:
-for grids that need all of a row.
-"""
-
-AHEAD: dict[int, tuple[str, ...]] = {
-    576: ("map", "numbers", "codes"),
-    5120: ("numbers", "codes"),
-    9728: ("numbers", "codes"),
-    14336: ("codes",),
-}
-"""By size, for which results rows beyond those in flight are brought to the cache too. What moves as many bytes as a
-copy in little more time, such as the map alone, gets slower by it, and sizes with many programs on an SM gain nothing.
-"""

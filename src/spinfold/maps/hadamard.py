@@ -93,9 +93,8 @@ class Hadamard(Map):
             return self._by_dense_kernel(x, **options)
         from spinfold.kernels.hadamard import hadamard
 
-        grid = options.get("grid")
-        width, whole = (grid.width, grid.width == 0 or grid.by_row) if grid else (0, False)
-        tiling = options.pop("tiling", None) or _tiling(self.orders, x, width, whole)
+        grid, packed = options.get("grid"), options.get("packed", False)
+        tiling = options.pop("tiling", None) or _tiling(self.orders, x, grid.width if grid else 0, grid, packed)
         assert tiling is not None
         dtype = torch.float16 if x.dtype == torch.float32 else x.dtype
         left, right = _two_factors(self.orders, tiling, x.device, dtype, self.transposed)
@@ -208,12 +207,12 @@ def _factor(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.tensor(hadamard_matrix(order), dtype=dtype, device=device)
 
 
-def _tiling(orders: tuple[int, ...], x: Tensor, width: int = 0, whole: bool = False) -> Any:
+def _tiling(orders: tuple[int, ...], x: Tensor, width: int = 0, grid: Any = None, packed: bool = False) -> Any:
     from spinfold.kernels.grids import shared_memory
-    from spinfold.kernels.hadamard import best_tiling
+    from spinfold.kernels.tilings import best_tiling, kind_of
 
-    num_rows = x.numel() // prod(orders)
-    return best_tiling(orders, width, num_rows, x.element_size(), shared_memory(x.device), whole=whole)
+    num_rows, memory = x.numel() // prod(orders), shared_memory(x.device)
+    return best_tiling(orders, width, num_rows, x.element_size(), memory, kind=kind_of(grid, packed))
 
 
 @lru_cache(maxsize=64)
