@@ -190,8 +190,9 @@ def _work(tiling: Tiling, size: int) -> float:
     return height * columns * (depth + columns + 300)
 
 
-_ALONE_9728 = Tiling(128, 2, 64, 4, 2, 3, 168, True, rest=64)
+_NUMBERS_5120 = Tiling(64, 1, 64, 4, 1, 4, 128, rest=64)
 _CODES_5120 = Tiling(64, 1, 64, 4, 2, 5, 96, ahead=True)
+_ALONE_9728 = Tiling(128, 2, 64, 4, 2, 3, 168, True, rest=64)
 
 MEASURED: dict[int, dict[Kind, Tiling]] = {
     576: {"map": Tiling(48, 1, 16, 1, 2, 16, ahead=True), "few": Tiling(48, 1, 16, 4, 1, 1)},
@@ -204,10 +205,11 @@ MEASURED: dict[int, dict[Kind, Tiling]] = {
     4096: {"map": Tiling(64, 1, 64, 4, 2, 16), "few": Tiling(64, 1, 64, 4, 1, 1, bits=True)},
     5120: {
         "map": Tiling(64, 1, 64, 4, 2, 4, 128, bits=True, rest=64),
-        "groups": Tiling(64, 1, 64, 4, 1, 4, 128, rest=64),
-        "rows": Tiling(64, 1, 64, 4, 1, 4, 128, rest=64),
+        "groups": _NUMBERS_5120,
+        "rows": _NUMBERS_5120,
         "group codes": _CODES_5120,
         "row codes": _CODES_5120,
+        "row bytes": _NUMBERS_5120,
         "few": Tiling(64, 1, 128, 8, 1, 1, bits=True),
     },
     8192: {"map": Tiling(128, 2, 64, 4, 2, 16), "few": Tiling(64, 1, 128, 8, 1, 1, bits=True)},
@@ -220,8 +222,7 @@ MEASURED: dict[int, dict[Kind, Tiling]] = {
         "few": Tiling(128, 2, 128, 8, 1, 1, 255, True, True),
     },
     11008: {
-        "map": Tiling(64, 1, 64, 4, 1, 2),
-        "groups": Tiling(64, 1, 64, 4, 1, 2, bits=True),
+        "map": Tiling(64, 1, 64, 4, 1, 2, bits=True),
         "rows": Tiling(64, 1, 64, 4, 2, 3, 168, bits=True),
         "group codes": Tiling(64, 1, 64, 4, 2, 4, 128, bits=True),
         "row codes": Tiling(64, 1, 64, 4, 1, 3, 168, bits=True),
@@ -233,6 +234,7 @@ MEASURED: dict[int, dict[Kind, Tiling]] = {
         "rows": Tiling(128, 2, 128, 8, 1, 2, 128, True, True),
         "group codes": Tiling(128, 2, 128, 8, 2, 2, 128, True, ahead=True),
         "row codes": Tiling(128, 2, 128, 8, 2, 2, 128, True, ahead=True),
+        "row bytes": Tiling(128, 2, 128, 8, 1, 2, 128, True, True),
         "few": Tiling(128, 2, 128, 8, 1, 1, 255, True, True),
     },
     18944: {
