@@ -10,6 +10,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -438,3 +440,15 @@ def test_a_rotated_model_verifies_and_another_one_does_not(
     zoo.save(zoo.FAMILIES["llama"](1), tmp_path / "other")
     zoo.write_tiny_tokenizer(tmp_path / "other")
     assert run("verify", model, tmp_path / "other").code == 1
+
+
+@pytest.mark.parametrize(("given", "turns"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_that_wait_turn_briefly_unless_told_otherwise(given: dict[str, str], turns: str) -> None:
+    """What OpenMP itself says of it when torch is loaded behind the command line."""
+    code = "import sys, spinfold.cli; spinfold.cli.main(['--version']); assert 'torch' not in sys.modules; import torch"
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
+    environment = inherited | {"OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": os.pathsep.join(sys.path)} | given
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    if "GOMP_" not in said.stderr:
+        pytest.skip("torch has another OpenMP here")
+    assert f"GOMP_SPINCOUNT = '{turns}'" in said.stderr

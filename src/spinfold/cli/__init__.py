@@ -71,6 +71,7 @@ def _spinfold(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. Every error becomes three short parts on standard error."""
+    _wait_briefly()
     arguments = list(sys.argv[1:] if argv is None else argv)
     settings = {"debug": False}
     command = typer.main.get_command(app)
@@ -93,3 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         who = f"Process {launched()[0]} of {launched()[1]}: " if launched()[0] else ""
         print("\n".join([f"{who}{explained}", *notes_of(error)]), file=sys.stderr)
         return explained.exit_code
+
+
+def _wait_briefly() -> None:
+    """Have threads that wait for each other sleep before long, if torch is still to be loaded and nobody has said more.
+
+    Those of GNU's OpenMP, which torch's wheels for Linux contain, turn 300,000 times first: with another process on the
+    same cores, one turns where the thread that it waits for should run.
+    """
+    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
