@@ -173,8 +173,14 @@ def near_largest(most):
 
 
 @triton.constexpr_function
+def in_hardware(major=8, minor=9):
+    """Has the GPU this capability, and is the kernel compiled for it? The conversions are there since Ada, 8.9."""
+    return not _INTERPRETED and cuda_capability_geq(major, minor)
+
+
+@triton.constexpr_function
 def _fetches_rows(num_bytes):
-    return not _INTERPRETED and cuda_capability_geq(9, 0) and num_bytes % 16 == 0
+    return in_hardware(9, 0) and num_bytes % 16 == 0
 
 
 @triton.jit
@@ -192,11 +198,6 @@ def to_cache(ptr, row, num_rows, STRIDE: tl.constexpr, N: tl.constexpr):
 
 
 # ── what the hardware has one instruction for, since Ada; and the same for older GPUs and the interpreter ──
-
-
-@triton.constexpr_function
-def in_hardware():
-    return not _INTERPRETED and cuda_capability_geq(8, 9)
 
 
 @triton.jit

@@ -63,7 +63,7 @@ def from_words(words, turn, D: tl.constexpr, dtype: tl.constexpr):
     ONE: tl.constexpr = 0x3F80 if dtype == tl.bfloat16 else 0x3C00
     word = tl.join(words[0], words[1])[:, :, :, :, None]
     p = tl.arange(0, P)[None, None, None, None, :]
-    if in_hardware():
+    if in_hardware(8, 0):
         # Two instructions that stay where they are; the compiler would take a part of them out of the loop again.
         ones = tl.full((1, 1, 1, 1, 1), ONE << 16 | ONE, tl.int32)
         two = tl.inline_asm_elementwise(
