@@ -11,7 +11,7 @@ Method: a CUDA graph of many launches is replayed five times, the median counts,
 tokens on, inputs and outputs rotate among buffers that together exceed the L2 cache three times; below, they stay in
 it, as they do behind the layer that wrote them. Copies, elementwise kernels, products and peers are timed in the
 same way. Every way to cut the work (`kernels.tilings`) is measured first, with one format for each kind of result;
---as-measured takes the best ones of an earlier run instead, which that file has as a table.
+--as-measured takes the best ones of an earlier run instead, which `kernels.tilings` has as a table.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class Run:
         print(f"{len(self.results['check'])} checks, worst {worst}", flush=True)
 
     def tune(self) -> None:
-        """The fastest tiling for each size, at many tokens and at four; from here on it is used."""
+        """The fastest tiling for each size and kind of result; from here on it is used."""
         if self.args.as_measured:
             return
         candidates = {size: kernel.tilings(Hadamard(size).orders) for size in self.args.sizes}

@@ -157,6 +157,8 @@ def test_every_way_to_cut_the_work(size, bits, monkeypatch):
     expected = map.apply(x.double())
     same = {"programs": 1, "num_stages": 2, "num_warps": 8, "ahead": False}
     cuts = {cut._replace(**same): cut for cut in kernels.tilings(map.orders) if cut.bits == bits}
+    if not cuts:
+        pytest.skip("its left matrix is small, and stays in 16 bits")
     for cut in cuts:
         tiling = cut if INTERPRETED else cuts[cut]
         assert (map.by_kernel(x, tiling=tiling) - expected).norm() < 3e-3 * expected.norm()
@@ -200,6 +202,21 @@ def test_a_matrix_in_bits_is_the_same_matrix(size, dtype, name, monkeypatch):
         bits = map.by_kernel(x, tiling=cut._replace(bits=True), **options)
         for one, other in zip(*((y,) if name is None else y for y in (numbers_of_16_bits, bits)), strict=True):
             assert one is other is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_comes_behind_a_map_fits_where_the_map_fits(size):
+    """`has_kernel` asks for the map, `by_kernel` for what becomes of a row."""
+    from spinfold.kernels import tilings as kernels
+
+    orders = Hadamard(size).orders
+    cases = [(n, b, kib) for n in (3, 4096) for b in (2, 4) for kib in (48, 64, 99, 100, 163, 227)]
+    for num_rows, num_bytes, kib in cases:
+        for width in (0, 16, 32):
+            options = {"num_rows": num_rows, "num_bytes": num_bytes, "memory": kib * 1024}
+            if kernels.best_tiling(orders, width, **options) is not None:
+                for kind in ("groups", "rows", "group codes", "row codes", "row bytes"):
+                    assert kernels.best_tiling(orders, width, kind=kind, **options) is not None
 
 
 @pytest.mark.parametrize("depths", [(16,), (128, 32, 16)])

@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _wait_briefly() -> None:
-    """Have threads that wait for each other sleep before long, if torch is still to be loaded and nobody has said more.
+    """Have threads that wait for each other sleep before long, unless torch is loaded or somebody has said otherwise.
 
     Those of GNU's OpenMP, which torch's wheels for Linux contain, turn 300,000 times first: with another process on the
     same cores, one turns where the thread that it waits for should run.

@@ -23,6 +23,7 @@ __all__ = ["from_words", "load_words", "packed_signs"]
 
 def packed_signs(x_RD: Tensor, depths: tuple[int, ...]) -> Tensor:
     """Words `(R, 4 C)`, int32, of a matrix of ±1 in C blocks of columns. 0 becomes 1."""
+    assert max(depths) <= 128
     words = []
     for x_Rd in x_RD.split(list(depths), dim=1):
         negative_RPte = (x_Rd < 0).unflatten(1, (-1, 4, 2)).long()

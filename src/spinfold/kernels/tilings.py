@@ -38,6 +38,7 @@ _LIKE: dict[Kind, Kind] = {
     "group codes": "groups",
     "groups": "map",
 }
+"""Whose tiling is taken where a kind has none."""
 
 _MEMORY = 227 * 1024
 """Bytes of shared memory that a program can have on an H100."""
@@ -88,12 +89,12 @@ def best_tiling(
 ) -> Tiling | None:
     """How rows of a Hadamard map with factors of these `orders` are cut, for groups of `width` neighbours.
 
-    `num_bytes` is the size of a number, `memory` that of an SM's shared memory. None if there is no way: then there is
-    no kernel for these rows.
+    `num_bytes` is the size of a number, `memory` that of the shared memory a program can have. None if there is no way:
+    then there is no kernel for these rows.
     """
     size = math.prod(orders)
-    measured = _measured(size, "few" if num_rows <= FEW else kind)
-    found = [measured] if measured is not None else []
+    measured = _measured(size, "few" if num_rows <= FEW else kind), _measured(size, "map")
+    found = [tiling for tiling in measured if tiling is not None]  # where a map fits, so does what comes behind it
     found += sorted((_usual(columns, size) for columns in _cuts(orders)), key=lambda tiling: _work(tiling, size))
     if width & (width - 1):  # a tile divides into powers of two only
         return None
@@ -115,8 +116,8 @@ def depths_of(height: int) -> tuple[int, ...]:
 
 
 def heights_of(height: int, rows: int, rest: int) -> tuple[int, ...]:
-    """Tiles of `rows` rows of the result, and one for what is left: of `rest`, or 64 as the tensor cores like them
-    best.
+    """Tiles of `rows` rows of the result, and one for what is left: of `rest`, of 64 as the tensor cores like them
+    best, or a whole one.
     """
     whole, left = divmod(height, rows)
     last = min(rest, rows) if left <= rest else min(rows, 64) if left <= 64 else rows
@@ -161,7 +162,7 @@ def tilings(orders: tuple[int, ...]) -> list[Tiling]:
         for rest in (16, 64)
         if rows < max(32, 2 * size // columns)
         and programs * num_warps <= 32
-        and (not bits or (rows >= 64 and 64 < size // columns < 256))  # words of 32 bits are for 128 rows of X
+        and (not bits or (rows >= 64 and size // columns > 64 and depths_of(size // columns)[0] <= 128))
         and (rest == 16 or (rows >= 64 and 0 < size // columns % rows <= 16))
     ]
     found += [_within(_MEMORY, tiling, size, 2) for tiling in MEASURED.get(size, {}).values()]
