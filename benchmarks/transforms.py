@@ -37,7 +37,7 @@ from clocks import DEVICE, ON_GPU, Work, clock, clock_copy, copies_of
 from torch import Tensor
 
 from spinfold.formats import FLOAT_FORMATS, Format, IntFormat
-from spinfold.kernels import tilings as kernel
+from spinfold.kernels import tilings
 from spinfold.maps import Hadamard
 from spinfold.runtime import transforms
 
@@ -55,7 +55,7 @@ FORMATS: dict[str, tuple[Format | None, bool]] = {
     "NVFP4": (NVFP4, True),
 }
 """The format, and whether its codes are packed rather than turned into numbers again."""
-KINDS_OF_RESULT: dict[kernel.Kind, str] = {
+STANDS_FOR: dict[tilings.Kind, str] = {
     "map": "map only",
     "groups": "MXFP4 in bf16",
     "rows": "INT4 in bf16",
@@ -64,7 +64,7 @@ KINDS_OF_RESULT: dict[kernel.Kind, str] = {
     "row bytes": "FP8",
     "few": "INT4 in bf16",
 }
-"""The format that stands for others in the search."""
+"""The format that stands for others of its kind in the search."""
 DTYPE = torch.bfloat16 if ON_GPU else torch.float16
 BEGIN, END = "<!-- transforms -->", "<!-- /transforms -->"
 
@@ -185,20 +185,18 @@ class Run:
         """The fastest tiling for each size and kind of result; from here on it is used."""
         if self.args.as_measured:
             return
-        candidates = {size: kernel.tilings(Hadamard(size).orders) for size in self.args.sizes}
+        candidates = {size: tilings.tilings(Hadamard(size).orders) for size in self.args.sizes}
         many = 8192 if ON_GPU else 4
         cuts = sorted({(size, t._replace(programs=1)) for size, ts in candidates.items() for t in ts})
-        jobs = (
-            (4 if kind == "few" else 400, size, name, t) for size, t in cuts for kind, name in KINDS_OF_RESULT.items()
-        )
+        jobs = ((4 if kind == "few" else 400, size, name, t) for size, t in cuts for kind, name in STANDS_FOR.items())
         self.compile(((transform, job) for job in jobs), reserve=100)()
-        for size, tilings in candidates.items():
+        for size, ways in candidates.items():
             if self.late(80):
                 break
-            for kind, name in KINDS_OF_RESULT.items():
+            for kind, name in STANDS_FOR.items():
                 found = []
                 inputs = inputs_of(4 if kind == "few" else many, size)
-                for tiling in tilings if kind != "few" else {t._replace(num_stages=1, programs=1) for t in tilings}:
+                for tiling in ways if kind != "few" else {t._replace(num_stages=1, programs=1) for t in ways}:
                     try:
                         us = clock(transform(size, name, tiling), inputs, quick=True)
                         found.append((us, *tiling))
@@ -207,7 +205,7 @@ class Run:
                 found.sort()
                 self.results["tuning"].setdefault(str(size), {})[kind] = found[:8]
                 if found:
-                    kernel.MEASURED.setdefault(size, {})[kind] = kernel.Tiling(*found[0][1:])
+                    tilings.MEASURED.setdefault(size, {})[kind] = tilings.Tiling(*found[0][1:])
                     print(f"{size} {kind}: " + ", ".join(f"{us:.2f} {t}" for us, *t in found[:3]), flush=True)
             self.save()
 
@@ -406,8 +404,8 @@ def transform(size: int, name: str, tiling: Any = None) -> Work:
 def tiling_of(size: int, name: str, num_tokens: int) -> Any:
     """The best tiling known in this process."""
     fmt, packed = FORMATS[name]
-    kind = kernel.kind_of(fmt and transforms.numbers(fmt), packed)
-    return kernel.best_tiling(Hadamard(size).orders, (fmt and fmt.group_size) or 0, num_tokens, kind=kind)
+    kind = tilings.kind_of(fmt and transforms.numbers(fmt), packed)
+    return tilings.best_tiling(Hadamard(size).orders, (fmt and fmt.group_size) or 0, num_tokens, kind=kind)
 
 
 def compiled(job: tuple[Any, tuple[Any, ...]]) -> str:

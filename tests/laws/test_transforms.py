@@ -150,13 +150,13 @@ def test_numbers_near_the_ends_of_fp32_keep_their_precision():
 @pytest.mark.parametrize("bits", [False, True])
 @pytest.mark.parametrize("size", [1536, 5120] if INTERPRETED else SIZES)
 def test_every_way_to_cut_the_work(size, bits, monkeypatch):
-    from spinfold.kernels import tilings as kernels
+    from spinfold.kernels import tilings
 
-    monkeypatch.setattr(kernels, "FEW", 0)  # else few rows are shared out, which is another way
+    monkeypatch.setattr(tilings, "FEW", 0)  # else few rows are shared out, which is another way
     map, x = Hadamard(size, seed=4), random(5, size).to(NARROW)
     expected = map.apply(x.double())
     same = {"programs": 1, "num_stages": 2, "num_warps": 8, "ahead": False}
-    cuts = {cut._replace(**same): cut for cut in kernels.tilings(map.orders) if cut.bits == bits}
+    cuts = {cut._replace(**same): cut for cut in tilings.tilings(map.orders) if cut.bits == bits}
     if not cuts:
         pytest.skip("its left matrix is small, and stays in 16 bits")
     for cut in cuts:
@@ -169,13 +169,13 @@ def test_every_way_to_cut_the_work(size, bits, monkeypatch):
 @pytest.mark.parametrize("cut", [(64, 1, 64, 4, 1, 1), (128, 2, 32, 2, 1, 1), (64, 1, 128, 4, 1, 1)])
 def test_warps_that_share_a_tile(cut, name, monkeypatch):
     """What a row's numbers or codes are does not depend on which warp and thread has them."""
-    from spinfold.kernels import tilings as kernels
+    from spinfold.kernels import tilings
 
-    monkeypatch.setattr(kernels, "FEW", 0)
+    monkeypatch.setattr(tilings, "FEW", 0)
     map, x = Hadamard(8192), uneven(5, 8192).to(NARROW)
     options = {} if name is None else {"grid": numbers(FORMATS[name]), "packed": True}
-    alone = map.by_kernel(x, tiling=kernels.Tiling(64, 1, 16, 1, 1, 1), **options)
-    shared = map.by_kernel(x, tiling=kernels.Tiling(*cut), **options)
+    alone = map.by_kernel(x, tiling=tilings.Tiling(64, 1, 16, 1, 1, 1), **options)
+    shared = map.by_kernel(x, tiling=tilings.Tiling(*cut), **options)
     if name is None:
         assert (alone - shared).norm() < 3e-3 * alone.norm()
     else:
@@ -189,15 +189,15 @@ def test_warps_that_share_a_tile(cut, name, monkeypatch):
 @pytest.mark.parametrize("size", [1536] if INTERPRETED else [1536, 11008, 18944])
 def test_a_matrix_in_bits_is_the_same_matrix(size, dtype, name, monkeypatch):
     """Bit for bit, with rows and columns beyond the matrix, for one program and for many."""
-    from spinfold.kernels import tilings as kernels
+    from spinfold.kernels import tilings
 
     if size == 18944 and dtype == torch.float32:
         pytest.skip("two pieces of such a row do not fit into shared memory")
     map, x = Hadamard(size, seed=4), uneven(5, size).to(dtype)
-    cut = kernels.Tiling(32 if size == 1536 else 64 if size == 11008 else 128, 1, 64, 4, 1, 1)
+    cut = tilings.Tiling(32 if size == 1536 else 64 if size == 11008 else 128, 1, 64, 4, 1, 1)
     options = {} if name is None else {"grid": numbers(FORMATS[name]), "packed": True}
     for few in (0, 64):
-        monkeypatch.setattr(kernels, "FEW", few)
+        monkeypatch.setattr(tilings, "FEW", few)
         numbers_of_16_bits = map.by_kernel(x, tiling=cut, **options)
         bits = map.by_kernel(x, tiling=cut._replace(bits=True), **options)
         for one, other in zip(*((y,) if name is None else y for y in (numbers_of_16_bits, bits)), strict=True):
@@ -207,16 +207,16 @@ def test_a_matrix_in_bits_is_the_same_matrix(size, dtype, name, monkeypatch):
 @pytest.mark.parametrize("size", SIZES)
 def test_what_comes_behind_a_map_fits_where_the_map_fits(size):
     """`has_kernel` asks for the map, `by_kernel` for what becomes of a row."""
-    from spinfold.kernels import tilings as kernels
+    from spinfold.kernels import tilings
 
     orders = Hadamard(size).orders
     cases = [(n, b, kib) for n in (3, 4096) for b in (2, 4) for kib in (48, 64, 99, 100, 163, 227)]
     for num_rows, num_bytes, kib in cases:
         for width in (0, 16, 32):
             options = {"num_rows": num_rows, "num_bytes": num_bytes, "memory": kib * 1024}
-            if kernels.best_tiling(orders, width, **options) is not None:
+            if tilings.best_tiling(orders, width, **options) is not None:
                 for kind in ("groups", "rows", "group codes", "row codes", "row bytes"):
-                    assert kernels.best_tiling(orders, width, kind=kind, **options) is not None
+                    assert tilings.best_tiling(orders, width, kind=kind, **options) is not None
 
 
 @pytest.mark.parametrize("depths", [(16,), (128, 32, 16)])
@@ -235,12 +235,12 @@ def test_signs_are_where_the_kernel_looks_for_them(depths):
 @direct
 @pytest.mark.parametrize("name", [None, "MXFP4"])
 def test_few_rows_are_shared_out_among_programs(name, monkeypatch):
-    from spinfold.kernels import tilings as kernels
+    from spinfold.kernels import tilings
 
     map, x = Hadamard(1536, seed=4), random(5, 1536)
     grid = None if name is None else numbers(FORMATS[name])
     shared = map.by_kernel(x, grid=grid)
-    monkeypatch.setattr(kernels, "FEW", 0)
+    monkeypatch.setattr(tilings, "FEW", 0)
     gap = (map.by_kernel(x, grid=grid) - shared).abs()
     assert (gap > 1e-5).float().mean() <= (0 if name is None else 1e-3)
 

@@ -92,9 +92,11 @@ class Hadamard(Map):
         if self.size in SHORT:
             return self._by_dense_kernel(x, **options)
         from spinfold.kernels.hadamard import hadamard
+        from spinfold.kernels.tilings import kind_of
 
-        grid, packed = options.get("grid"), options.get("packed", False)
-        tiling = options.pop("tiling", None) or _tiling(self.orders, x, grid.width if grid else 0, grid, packed)
+        grid = options.get("grid")
+        kind = kind_of(grid, options.get("packed", False))
+        tiling = options.pop("tiling", None) or _tiling(self.orders, x, grid.width if grid else 0, kind)
         assert tiling is not None
         dtype = torch.float16 if x.dtype == torch.float32 else x.dtype
         left, right = _two_factors(self.orders, tiling, x.device, dtype, self.transposed)
@@ -207,12 +209,12 @@ def _factor(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.tensor(hadamard_matrix(order), dtype=dtype, device=device)
 
 
-def _tiling(orders: tuple[int, ...], x: Tensor, width: int = 0, grid: Any = None, packed: bool = False) -> Any:
+def _tiling(orders: tuple[int, ...], x: Tensor, width: int = 0, kind: Any = "map") -> Any:
     from spinfold.kernels.grids import shared_memory
-    from spinfold.kernels.tilings import best_tiling, kind_of
+    from spinfold.kernels.tilings import best_tiling
 
-    num_rows, memory = x.numel() // prod(orders), shared_memory(x.device)
-    return best_tiling(orders, width, num_rows, x.element_size(), memory, kind=kind_of(grid, packed))
+    num_rows = x.numel() // prod(orders)
+    return best_tiling(orders, width, num_rows, x.element_size(), shared_memory(x.device), kind=kind)
 
 
 @lru_cache(maxsize=64)
