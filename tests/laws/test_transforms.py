@@ -266,6 +266,58 @@ def test_a_row_is_the_same_in_whichever_turn_its_program_takes_it(size, name):
         assert torch.equal(of_all[-last:], alone)
 
 
+def with_turns(size, name):
+    """Options for rows of 5120 or more that programs take, and for rows dealt out."""
+    from spinfold.kernels.tilings import Tiling
+
+    columns, parts = (64, 1) if size in (5120, 11008) else (128, 2)
+    tiling = Tiling(columns, parts, 64, 4, 1, 2, at_once=parts == 2, bits=True, rest=64, turns=True)
+    options = {} if name is None else {"grid": numbers(FORMATS[name]), "packed": True}
+    return {**options, "tiling": tiling}, {**options, "tiling": tiling._replace(turns=False)}
+
+
+@direct
+@pytest.mark.parametrize("size", [5120] if INTERPRETED else [5120, 9728, 11008, 14336, 18944])
+@pytest.mark.parametrize("name", [None, "INT4", "MXFP4"])
+def test_rows_that_programs_take_are_those_dealt_out(size, name, monkeypatch):
+    from spinfold.kernels import hadamard
+
+    counter = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(hadamard, "counter_for", lambda device: counter)
+    map, x = Hadamard(size), uneven(14 if INTERPRETED else 3001, size).to(NARROW)
+    taken, dealt_out = with_turns(size, name)
+    expected = map.by_kernel(x, **dealt_out)
+    for rows in (len(x), len(x), 9 if INTERPRETED else 600):  # one launch leaves the counter to the next
+        actual = map.by_kernel(x[:rows], **taken)
+        for one, other in zip(*((actual, expected) if name else ((actual,), (expected,))), strict=True):
+            assert one is other is None or torch.equal(one, other[:rows])
+        assert counter.tolist() == [0, 0]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA")
+def test_rows_are_taken_in_graphs_and_on_streams_beside_each_other():
+    map, (taken, dealt_out) = Hadamard(11008), with_turns(11008, None)
+    xs = [random(2000, 11008, seed=seed).to(NARROW) for seed in range(3)]
+    expected = [map.by_kernel(x, **dealt_out) for x in xs]
+    map.by_kernel(xs[0], **taken)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [map.by_kernel(x, **taken) for x in xs[:2]]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        graph.replay()
+        beside = []
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                beside.append(map.by_kernel(xs[2], **taken))
+        torch.cuda.synchronize()
+        for one, other in zip([*captured, *beside], [*expected, expected[2]], strict=True):
+            assert torch.equal(one, other)
+        for one in captured:
+            one.zero_()
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA")
 def test_the_gradient_is_that_of_the_map():
     map, x, g = Hadamard(11008, seed=1), random(3, 11008).requires_grad_(), random(3, 11008, seed=1)

@@ -44,6 +44,7 @@ from spinfold.kernels.grids import (
 from spinfold.kernels.signs import from_words, load_words, packed_signs
 from spinfold.kernels.threads import in_order, interleaved, neighbours, of_a_thread, stores, swapped, swapped_rows
 from spinfold.kernels.tilings import Tiling, depths_of, heights_of, padded
+from spinfold.kernels.turns import answer, ask, counter_for, put_back
 
 __all__ = ["hadamard", "stored_left", "stored_right"]
 
@@ -157,23 +158,108 @@ def _row_on_grid(
                     i % PARTS * zs[i].shape[1], B, grid, PACKED, STORES)  # fmt: skip
 
 
+@triton.jit
+def _loaded_row(
+    x_ptr, signs_ptr, row, A: tl.constexpr, B: tl.constexpr, DS: tl.constexpr, TILE_B: tl.constexpr, XS: tl.constexpr,
+    SIGNS: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """A row as the tiles of X that the left product takes, in XS parts of the columns; and, of an fp32 one, its largest
+    number.
+    """
+    xs = ()
+    most = 0.0
+    for j in tl.static_range(XS):
+        part = ()
+        for d in tl.static_range(len(DS)):
+            x_DC = _load(x_ptr + row * (A * B), _before(DS, d), j * TILE_B // XS, DS[d], TILE_B // XS, A, B)
+            if SIGNS == "before":
+                signs_DC = _load(signs_ptr, _before(DS, d), j * TILE_B // XS, DS[d], TILE_B // XS, A, B)
+                x_DC = x_DC * signs_DC.to(x_DC.dtype)
+            if SPLIT:
+                most = tl.maximum(most, _largest(x_DC))
+            part = part + (x_DC,)
+        xs = xs + (part,)
+    return xs, most
+
+
+@triton.jit
+def _finish_row(
+    xs, most, lefts, right, clip, row, begin, factor, outs, signs_ptr,
+    A: tl.constexpr, B: tl.constexpr, RS: tl.constexpr, PARTS: tl.constexpr, TILE_G: tl.constexpr, grid: tl.constexpr,
+    PACKED: tl.constexpr, SIGNS: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr, IN_BITS: tl.constexpr,
+):  # fmt: skip
+    """Both products of a row that was loaded, and what becomes of it, in tiles of its matrix from row `begin` on."""
+    y_ptr, codes_ptr, scale_ptr, second_ptr, scratch_ptr = outs
+    C: tl.constexpr = right.shape[0]
+    N: tl.constexpr = A * B
+    BITS: tl.constexpr = grid.bits if PACKED else y_ptr.dtype.element_ty.primitive_bitwidth
+    RUN: tl.constexpr = neighbours(C, 8 if PACKED else 16)
+    STORES: tl.constexpr = stores(C, RUN, BITS) if C <= 64 else 1
+    turn = tl.cast(row, tl.int32)
+    up = 1.0
+    down = factor
+    if SPLIT:
+        up, back = near_largest(most)
+        down = factor * back
+    zs = ()
+    ranges = ()
+    unscales = ()
+    for r in tl.static_range(len(RS)):
+        first = begin + _before(RS, r)
+        ws, unscale_R = _rows_of_result(lefts[r], turn, xs, right, up, down, RS[r], len(xs[0]), PARTS, SPLIT, IN_BITS)
+        if grid is None or TILE_G:
+            for j in tl.static_range(PARTS):
+                z_RC = in_order(ws[j] * unscale_R[:, None], RUN, interleaved(RS[r], WARPS, RUN, BITS))
+                if SIGNS == "after":
+                    z_RC = z_RC * _load(signs_ptr, first, j * C, RS[r], C, A, B).to(tl.float32)
+                if TILE_G:
+                    place = scratch_ptr + tl.program_id(0) * N
+                    store(place, z_RC, first, A - first, j * C, B, 1)
+                else:
+                    store(y_ptr, z_RC, row * A + first, A - first, j * C, B, STORES)
+        else:
+            unscale_R = tl.reshape(swapped_rows(unscale_R[:, None], interleaved(RS[r], WARPS, RUN, BITS), 2), (RS[r],))
+            for j in tl.static_range(PARTS):
+                z_RC = in_order(ws[j], RUN, interleaved(RS[r], WARPS, RUN, BITS))
+                if grid.width == 0 or grid.by_row:
+                    ranges = ranges + (extremes(z_RC, unscale_R, grid, of_a_thread(RS[r], C, WARPS)),)
+                    zs = zs + (z_RC,)
+                else:
+                    low, high = extremes(z_RC, unscale_R, grid, C)
+                    put_on_grid(z_RC, unscale_R, low, high, 1.0, clip, y_ptr, codes_ptr, scale_ptr, second_ptr,
+                                row * A + first, A - first, row, False, j * C, B, grid, PACKED, STORES)  # fmt: skip
+            unscales = unscales + (unscale_R,)
+    if TILE_G:
+        # Groups that cross rows of the matrix: the row comes back from the cache with a group in each line.
+        LINES: tl.constexpr = N // grid.width
+        tl.debug_barrier()
+        z_GW = _load(scratch_ptr + tl.program_id(0) * N, 0, 0, TILE_G, grid.width, LINES, grid.width)
+        tl.debug_barrier()
+        one_G = tl.full((TILE_G,), 1.0, tl.float32)
+        ranges = (extremes(z_GW, one_G, grid, grid.width),)
+        _row_on_grid((z_GW,), ranges, (one_G,), clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row, LINES,
+                     grid.width, (TILE_G,), 1, grid, PACKED, 1)  # fmt: skip
+    elif grid is not None:  # noqa: SIM102 (without a grid the next line does not compile)
+        if grid.width == 0 or grid.by_row:
+            _row_on_grid(zs, ranges, unscales, clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row, A, B, RS, PARTS,
+                         grid, PACKED, STORES)  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _hadamard(
     x_ptr, y_ptr, codes_ptr, scale_ptr, second_ptr, scratch_ptr, left_ptr, right_ptr, signs_ptr, clip_ptr,
-    num_rows, factor,
+    counter_ptr, num_rows, factor,
     A: tl.constexpr, B: tl.constexpr, DS: tl.constexpr, RS: tl.constexpr, TILE_B: tl.constexpr, PARTS: tl.constexpr,
     XS: tl.constexpr, SHARED: tl.constexpr, TILE_G: tl.constexpr, grid: tl.constexpr, PACKED: tl.constexpr,
     SIGNS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
-    IN_BITS: tl.constexpr,
+    IN_BITS: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     COUNT: tl.constexpr = len(DS)
     C: tl.constexpr = TILE_B // PARTS
-    N: tl.constexpr = A * B
     begin = tl.program_id(1) * RS[0] if SHARED else 0
     left_ptr += begin * (4 * COUNT if IN_BITS else _before(DS, COUNT))
     BITS: tl.constexpr = grid.bits if PACKED else y_ptr.dtype.element_ty.primitive_bitwidth
     RUN: tl.constexpr = neighbours(C, 8 if PACKED else 16)
-    STORES: tl.constexpr = stores(C, RUN, BITS) if C <= 64 else 1
     right_CC = swapped(_block(right_ptr, 0, 0, C, C, TILE_B), 4, RUN // 2, 2)
     lefts = ()
     for r in tl.static_range(len(RS)):
@@ -187,72 +273,28 @@ def _hadamard(
             blocks = blocks + (block,)
         lefts = lefts + (blocks,)
     clip = tl.load(clip_ptr)
-    for row in tl.range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0), num_stages=STAGES):
-        xs = ()
-        most = 0.0
-        for j in tl.static_range(XS):
-            part = ()
-            for d in tl.static_range(COUNT):
-                x_DC = _load(x_ptr + row * N, _before(DS, d), j * TILE_B // XS, DS[d], TILE_B // XS, A, B)
-                if SIGNS == "before":
-                    signs_DC = _load(signs_ptr, _before(DS, d), j * TILE_B // XS, DS[d], TILE_B // XS, A, B)
-                    x_DC = x_DC * signs_DC.to(x_DC.dtype)
-                if SPLIT:
-                    most = tl.maximum(most, _largest(x_DC))
-                part = part + (x_DC,)
-            xs = xs + (part,)
-        if AHEAD:
-            # One instruction for the whole row, so that no thread waits for memory when its turn comes.
-            to_cache(x_ptr, row + AHEAD * tl.num_programs(0), num_rows, N, N)
-        up = 1.0
-        down = factor
-        if SPLIT:
-            up, back = near_largest(most)
-            down = factor * back
-        zs = ()
-        ranges = ()
-        unscales = ()
-        for r in tl.static_range(len(RS)):
-            first = begin + _before(RS, r)
-            ws, unscale_R = _rows_of_result(lefts[r], row, xs, right_CC, up, down, RS[r], COUNT, PARTS, SPLIT, IN_BITS)
-            if grid is None or TILE_G:
-                for j in tl.static_range(PARTS):
-                    z_RC = in_order(ws[j] * unscale_R[:, None], RUN, interleaved(RS[r], WARPS, RUN, BITS))
-                    if SIGNS == "after":
-                        z_RC = z_RC * _load(signs_ptr, first, j * C, RS[r], C, A, B).to(tl.float32)
-                    if TILE_G:
-                        place = scratch_ptr + tl.program_id(0) * N
-                        store(place, z_RC, first, A - first, j * C, B, 1)
-                    else:
-                        store(y_ptr, z_RC, row * A + first, A - first, j * C, B, STORES)
-            else:
-                unscale_R = tl.reshape(
-                    swapped_rows(unscale_R[:, None], interleaved(RS[r], WARPS, RUN, BITS), 2), (RS[r],)
-                )
-                for j in tl.static_range(PARTS):
-                    z_RC = in_order(ws[j], RUN, interleaved(RS[r], WARPS, RUN, BITS))
-                    if grid.width == 0 or grid.by_row:
-                        ranges = ranges + (extremes(z_RC, unscale_R, grid, of_a_thread(RS[r], C, WARPS)),)
-                        zs = zs + (z_RC,)
-                    else:
-                        low, high = extremes(z_RC, unscale_R, grid, C)
-                        put_on_grid(z_RC, unscale_R, low, high, 1.0, clip, y_ptr, codes_ptr, scale_ptr, second_ptr,
-                                    row * A + first, A - first, row, False, j * C, B, grid, PACKED, STORES)  # fmt: skip
-                unscales = unscales + (unscale_R,)
-        if TILE_G:
-            # Groups that cross rows of the matrix: the row comes back from the cache with a group in each line.
-            LINES: tl.constexpr = N // grid.width
-            tl.debug_barrier()
-            z_GW = _load(scratch_ptr + tl.program_id(0) * N, 0, 0, TILE_G, grid.width, LINES, grid.width)
-            tl.debug_barrier()
-            one_G = tl.full((TILE_G,), 1.0, tl.float32)
-            ranges = (extremes(z_GW, one_G, grid, grid.width),)
-            _row_on_grid((z_GW,), ranges, (one_G,), clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row, LINES,
-                         grid.width, (TILE_G,), 1, grid, PACKED, 1)  # fmt: skip
-        elif grid is not None:  # noqa: SIM102 (without a grid the next line does not compile)
-            if grid.width == 0 or grid.by_row:
-                _row_on_grid(zs, ranges, unscales, clip, y_ptr, codes_ptr, scale_ptr, second_ptr, row, A, B, RS, PARTS,
-                             grid, PACKED, STORES)  # fmt: skip
+    outs = (y_ptr, codes_ptr, scale_ptr, second_ptr, scratch_ptr)
+    if TURNS:
+        turn = tl.program_id(0)
+        number_T = ask(counter_ptr, WARPS)
+        while turn < num_rows:
+            row = turn.to(tl.int64)
+            xs, most = _loaded_row(x_ptr, signs_ptr, row, A, B, DS, TILE_B, XS, SIGNS, SPLIT)
+            turn = tl.num_programs(0) + answer(number_T)
+            number_T = ask(counter_ptr, WARPS)
+            if AHEAD:
+                to_cache(x_ptr, turn.to(tl.int64), num_rows, A * B, A * B)
+            _finish_row(xs, most, lefts, right_CC, clip, row, begin, factor, outs, signs_ptr, A, B, RS, PARTS, TILE_G,
+                        grid, PACKED, SIGNS, SPLIT, WARPS, IN_BITS)  # fmt: skip
+        put_back(counter_ptr)
+    else:
+        for row in tl.range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0), num_stages=STAGES):
+            xs, most = _loaded_row(x_ptr, signs_ptr, row, A, B, DS, TILE_B, XS, SIGNS, SPLIT)
+            if AHEAD:
+                # One instruction for the whole row, so that no thread waits for memory when its turn comes.
+                to_cache(x_ptr, row + AHEAD * tl.num_programs(0), num_rows, A * B, A * B)
+            _finish_row(xs, most, lefts, right_CC, clip, row, begin, factor, outs, signs_ptr, A, B, RS, PARTS, TILE_G,
+                        grid, PACKED, SIGNS, SPLIT, WARPS, IN_BITS)  # fmt: skip
 
 
 def hadamard(
@@ -284,7 +326,7 @@ def hadamard(
     shared = num_rows <= tilings.FEW and (grid is None or (grid.width > 0 and not grid.by_row and not lines))
     if shared:
         tiling = tiling._replace(parts=1, rows=16, num_warps=4)
-    columns, parts, rows, num_warps, num_stages, programs, registers, at_once, bits, rest, ahead = tiling
+    columns, parts, rows, num_warps, num_stages, programs, registers, at_once, bits, rest, ahead, turns = tiling
     heights = heights_of(height, rows, rest)
     assert grid is None or x.shape[-1] == size
     y, codes, scale, second = room_for(x, grid, packed)
@@ -294,14 +336,17 @@ def hadamard(
         stages = 1 if lines or count == num_rows else num_stages
         # A program that has no other row in flight would wait for the next one.
         ahead = (ahead or stages == 1) and count < num_rows and aligned(x)
+        # Of two rows each there is not much to share out.
+        counter = counter_for(x.device) if turns and stages == 1 and 2 * count < num_rows else None
         _hadamard[(count, len(heights) if shared else 1)](
             x, y, codes, scale, second, x.new_empty(count * size, dtype=torch.float32) if lines else x,
-            left, right, x if signs is None else signs, clip, num_rows, size**-0.5,
+            left, right, x if signs is None else signs, clip,
+            x if counter is None else counter, num_rows, size**-0.5,
             height, columns, depths_of(height), heights[:1] if shared else heights, right.shape[0], parts,
             1 if at_once else parts, shared,
             lines, grid, packed,
             "none" if signs is None else "after" if signs_after else "before",
-            x.dtype == torch.float32, stages, num_warps, stages * ahead, bits,
+            x.dtype == torch.float32, stages, num_warps, stages * ahead, bits, counter is not None,
             num_warps=num_warps,
             enable_fp_fusion=False, **({} if registers == 255 else {"maxnreg": registers}),
         )  # fmt: skip

@@ -53,8 +53,8 @@ def load_words(
 
 @triton.jit
 def from_words(words, turn, D: tl.constexpr, dtype: tl.constexpr):
-    """A matrix `(R, D)` of ±1 in a dtype of 16 bits. `turn` is the number of a loop's turn, and its highest bits are 0:
-    without them the compiler would make the matrix once, before the loop, and put it in shared memory.
+    """A matrix `(R, D)` of ±1 in a dtype of 16 bits. `turn` is the number of a loop's turn, not negative: without it
+    the compiler would make the matrix once, before the loop, and put it in shared memory.
 
     The two numbers of a register are neighbours, e = 0 and 1, of one word and one p. Their signs come to bits 15 and
     31; the rest is that of two ones.
@@ -65,14 +65,14 @@ def from_words(words, turn, D: tl.constexpr, dtype: tl.constexpr):
     word = tl.join(words[0], words[1])[:, :, :, :, None]
     p = tl.arange(0, P)[None, None, None, None, :]
     if in_hardware(8, 0):
-        # Two instructions that stay where they are; the compiler would take a part of them out of the loop again.
+        # Two instructions that stay where they are, since they seem to read `turn`.
         ones = tl.full((1, 1, 1, 1, 1), ONE << 16 | ONE, tl.int32)
         two = tl.inline_asm_elementwise(
-            "{ .reg .b32 %s; shl.b32 %s, $1, $2; lop3.b32 $0, %s, 0x80008000, $3, 0xEA; }",
-            "=r,r,r,r", [word ^ (turn >> 62).to(tl.int32), p, ones], dtype=tl.int32, is_pure=True, pack=1,
+            "{ .reg .b32 %s; shl.b32 %s, $1, $2; lop3.b32 $0, %s, 0x80008000, $3, 0xEA; } // $4",
+            "=r,r,r,r,r", [word, p, ones, turn], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        two = word << p & -0x7FFF8000 | (ONE << 16 | ONE)
+        two = (word ^ (turn >> 31)) << p & -0x7FFF8000 | (ONE << 16 | ONE)
     x = tl.join(two.to(tl.int16), (two >> 16).to(tl.int16))
     x_RD = tl.reshape(tl.permute(x, (2, 3, 1, 4, 0, 5)), (16 * STRIPS, D))
     return x_RD.to(dtype, bitcast=True)

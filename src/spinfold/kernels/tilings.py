@@ -53,7 +53,8 @@ class Tiling(NamedTuple):
     more programs run on an SM at once; whether the left product takes both parts at once, which saves instructions and
     costs registers; whether H_aᵀ is bits in registers (`kernels.signs`), which costs instructions and leaves shared
     memory to more programs; rows of the last tile at least: 16 save products, 64 are shared out over the warps as those
-    of other tiles are; and whether rows beyond those in flight are brought to the cache.
+    of other tiles are; whether rows beyond those in flight are brought to the cache; and whether a program that has one
+    row in flight takes the next one when it is ready (`kernels.turns`), not one that was dealt out before.
     """
 
     columns: int
@@ -67,6 +68,7 @@ class Tiling(NamedTuple):
     bits: bool = False
     rest: int = 16
     ahead: bool = False
+    turns: bool = False
 
 
 def kind_of(grid: Grid | None, packed: bool) -> Kind:
@@ -191,9 +193,10 @@ def _work(tiling: Tiling, size: int) -> float:
     return height * columns * (depth + columns + 300)
 
 
-_NUMBERS_5120 = Tiling(64, 1, 64, 4, 1, 4, 128, rest=64)
+_TAKEN_5120 = Tiling(64, 1, 64, 4, 1, 4, 128, bits=True, rest=64, turns=True)
 _CODES_5120 = Tiling(64, 1, 64, 4, 2, 5, 96, ahead=True)
-_ALONE_9728 = Tiling(128, 2, 64, 4, 2, 3, 168, True, rest=64)
+_TAKEN_14336 = Tiling(128, 2, 128, 8, 1, 2, 128, True, True, turns=True)
+_TAKEN_18944 = Tiling(128, 2, 64, 4, 1, 2, 255, True, True, turns=True)
 
 MEASURED: dict[int, dict[Kind, Tiling]] = {
     576: {"map": Tiling(48, 1, 16, 1, 2, 16, ahead=True), "few": Tiling(48, 1, 16, 4, 1, 1)},
@@ -202,48 +205,53 @@ MEASURED: dict[int, dict[Kind, Tiling]] = {
         "rows": Tiling(32, 1, 32, 1, 2, 16, 104),
         "few": Tiling(32, 1, 64, 4, 1, 1),
     },
-    3072: {"map": Tiling(64, 1, 16, 1, 2, 16), "few": Tiling(64, 1, 64, 4, 1, 1, bits=True)},
+    3072: {
+        "map": Tiling(64, 1, 16, 1, 2, 16),
+        "row bytes": Tiling(64, 1, 64, 4, 1, 5, 96, bits=True),
+        "few": Tiling(64, 1, 64, 4, 1, 1, bits=True),
+    },
     4096: {"map": Tiling(64, 1, 64, 4, 2, 16), "few": Tiling(64, 1, 64, 4, 1, 1, bits=True)},
     5120: {
-        "map": Tiling(64, 1, 64, 4, 2, 4, 128, bits=True, rest=64),
-        "groups": _NUMBERS_5120,
-        "rows": _NUMBERS_5120,
+        "map": _TAKEN_5120,
+        "groups": _TAKEN_5120,
+        "rows": _TAKEN_5120,
         "group codes": _CODES_5120,
         "row codes": _CODES_5120,
-        "row bytes": _NUMBERS_5120,
+        "row bytes": _TAKEN_5120,
         "few": Tiling(64, 1, 128, 8, 1, 1, bits=True),
     },
     8192: {"map": Tiling(128, 2, 64, 4, 2, 16), "few": Tiling(64, 1, 128, 8, 1, 1, bits=True)},
     9728: {
-        "map": _ALONE_9728,
-        "groups": _ALONE_9728._replace(ahead=True),
-        "rows": Tiling(128, 2, 64, 4, 2, 2, 255, True, True, 64, ahead=True),
+        "map": Tiling(128, 2, 64, 4, 1, 3, 168, True, True, 64, turns=True),
+        "groups": Tiling(128, 2, 64, 4, 2, 3, 168, True, rest=64, ahead=True),
+        "rows": Tiling(128, 2, 64, 4, 1, 2, 255, True, True, 64, turns=True),
         "group codes": Tiling(128, 2, 64, 4, 2, 3, 168, ahead=True),
         "row codes": Tiling(128, 2, 64, 4, 2, 3, 168, True, ahead=True),
         "few": Tiling(128, 2, 128, 8, 1, 1, 255, True, True),
     },
     11008: {
-        "map": Tiling(64, 1, 64, 4, 1, 2, bits=True),
-        "rows": Tiling(64, 1, 64, 4, 2, 3, 168, bits=True),
-        "group codes": Tiling(64, 1, 64, 4, 2, 4, 128, bits=True),
+        "map": Tiling(64, 1, 64, 4, 1, 2, bits=True, turns=True),
+        "groups": Tiling(64, 1, 64, 4, 1, 2, bits=True),
+        "rows": Tiling(64, 1, 64, 4, 1, 3, 168, bits=True, turns=True),
+        "group codes": Tiling(64, 1, 64, 4, 1, 4, 128, bits=True, turns=True),
         "row codes": Tiling(64, 1, 64, 4, 1, 3, 168, bits=True),
         "few": Tiling(64, 1, 64, 4, 1, 1, bits=True),
     },
     14336: {
-        "map": Tiling(128, 2, 128, 8, 2, 2, 128, True, True),
-        "groups": Tiling(128, 2, 128, 8, 1, 2, 128, True, True),
-        "rows": Tiling(128, 2, 128, 8, 1, 2, 128, True, True),
+        "map": _TAKEN_14336,
+        "groups": _TAKEN_14336,
+        "rows": _TAKEN_14336,
         "group codes": Tiling(128, 2, 128, 8, 2, 2, 128, True, ahead=True),
         "row codes": Tiling(128, 2, 128, 8, 2, 2, 128, True, ahead=True),
-        "row bytes": Tiling(128, 2, 128, 8, 1, 2, 128, True, True),
+        "row bytes": _TAKEN_14336,
         "few": Tiling(128, 2, 128, 8, 1, 1, 255, True, True),
     },
     18944: {
-        "map": Tiling(128, 2, 64, 4, 1, 2, 255, True),
-        "groups": Tiling(128, 2, 64, 4, 1, 2, 255, True, True),
+        "map": _TAKEN_18944,
+        "groups": _TAKEN_18944,
         "rows": Tiling(128, 2, 64, 4, 1, 4, 255, True),
         "group codes": Tiling(128, 2, 64, 4, 1, 3, 168, True, True),
-        "row codes": Tiling(128, 2, 64, 4, 1, 2, 255, True, True),
+        "row codes": _TAKEN_18944._replace(turns=False),
         "few": Tiling(128, 2, 256, 16, 1, 1, 255, True, True),
     },
 }
